@@ -1,0 +1,311 @@
+"""The FineTuneJob API, v1alpha1: what a person writes (spec) and what the operator answers (status).
+
+The training sections are the contract's own models. A manifest names only what differs from its preset, so they are
+kept as plain mappings here (`Overrides` names the model whose schema they follow) and are judged as a whole once the
+preset is laid under them.
+"""
+
+from datetime import datetime
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+
+from pydantic import Field, ValidationError
+from pydantic.alias_generators import to_camel
+
+from kubetune_contract.base import ContractModel, Rule
+from kubetune_contract.config import (
+    VOLUME_PATH_RULE,
+    AdapterConfig,
+    CheckpointConfig,
+    DatasetOptions,
+    ExportConfig,
+    Method,
+    RunConfig,
+    TrainingConfig,
+    ValidationOptions,
+    VolumePath,
+)
+from kubetune_contract.errors import explain
+from kubetune_contract.progress import CheckpointStatus, Progress, Result
+from kubetune_operator.errors import InvalidJob
+
+GROUP: Final = "kubetune.io"
+VERSION: Final = "v1alpha1"
+API_VERSION: Final = f"{GROUP}/{VERSION}"
+KIND: Final = "FineTuneJob"
+PLURAL: Final = "finetunejobs"
+SHORT_NAME: Final = "ftj"
+
+DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Quantity = Annotated[str | int | float, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
+
+
+class Overrides(NamedTuple):
+    """Marks a mapping in the spec that may name any of the model's fields."""
+
+    model: type[ContractModel]
+
+
+class SecretKey(ContractModel):
+    """One key of a Secret in the job's namespace."""
+
+    name: DnsName
+    """Name of the Secret."""
+    key: str = Field(default="token", min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")
+    """Key in the Secret."""
+
+
+class HuggingFaceSource(ContractModel):
+    """A model repository of the Hugging Face Hub."""
+
+    repo: str = Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$", max_length=256)
+    """Repository, as owner/name."""
+    revision: str = Field(default="main", pattern=r"^[A-Za-z0-9._/-]+$", max_length=256)
+    """Branch, tag or commit."""
+    ignore_patterns: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default=[], max_length=32)
+    """Files that are not downloaded, as shell patterns."""
+    token_secret_ref: SecretKey | None = None
+    """Access token for gated or private repositories."""
+
+
+class ModelSource(ContractModel):
+    """Where the base model comes from: exactly one of the two."""
+
+    volume_path: VolumePath | None = None
+    """Folder on the models volume that already holds the weights, in Hugging Face layout."""
+    hugging_face: HuggingFaceSource | None = None
+    """Repository to download onto the models volume, once for all jobs."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        VOLUME_PATH_RULE,
+        Rule(
+            cel="has(self.volumePath) != has(self.huggingFace)",
+            holds=lambda model: (model.volume_path is None) != (model.hugging_face is None),
+            message="model needs exactly one of volumePath and huggingFace",
+        ),
+    )
+
+
+class DatasetSpec(DatasetOptions):
+    """The training data and how they are read."""
+
+    volume_path: VolumePath
+    """JSON Lines file on the models volume."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
+
+
+class ValidationSpec(ValidationOptions):
+    """Held-out data: its loss is measured before the first step and after the last."""
+
+    volume_path: VolumePath
+    """JSON Lines file on the models volume, in the format of the training data."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
+
+
+class Claim(ContractModel):
+    """A PersistentVolumeClaim in the job's namespace."""
+
+    claim_name: DnsName
+    """Name of the claim."""
+
+
+class Storage(ContractModel):
+    """The volumes of the job."""
+
+    models: Claim
+    """Holds models and data. Workers mount it read-only; only the staging Job writes there."""
+    output: Claim
+    """Takes checkpoints and results. Every node of the job must be able to mount it."""
+
+
+class Resources(ContractModel):
+    """Resources of one worker pod, as in a container."""
+
+    requests: dict[str, Quantity] = Field(default={}, max_length=32)
+    """What the scheduler sets aside."""
+    limits: dict[str, Quantity] = Field(default={}, max_length=32)
+    """What the pod may use at most."""
+
+
+class Workers(ContractModel):
+    """The gang that trains together."""
+
+    nodes: int = Field(default=1, ge=1, le=1024)
+    """Worker pods; all of them start and restart together."""
+    gpus_per_node: int = Field(default=0, ge=0, le=64)
+    """GPUs of each pod, one process per GPU. 0 trains on the CPU with one process per pod."""
+    resources: Resources = Resources()
+    """CPU and memory of each pod. GPUs are added from gpusPerNode."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!has(self.resources) || ["
+            "has(self.resources.requests) ? self.resources.requests : {}, "
+            "has(self.resources.limits) ? self.resources.limits : {}"
+            "].all(amounts, !('nvidia.com/gpu' in amounts))",
+            holds=lambda workers: "nvidia.com/gpu" not in {**workers.resources.requests, **workers.resources.limits},
+            message="resources must not name nvidia.com/gpu: set gpusPerNode",
+        ),
+    )
+
+
+class FailurePolicy(ContractModel):
+    """What happens when a worker is lost. Errors that only a person can repair are never retried."""
+
+    max_restarts: int = Field(default=3, ge=0, le=1000)
+    """Crashes after which the gang restarts from its newest checkpoint. Evictions and lost nodes are not counted."""
+
+
+class FineTuneJobSpec(ContractModel):
+    """One fine-tuning run. It cannot be changed later, except for suspend."""
+
+    preset: str | None = None
+    """A named configuration; the training sections below override it field by field."""
+    method: Method | None = None
+    """Full trains every weight, LoRA low-rank adapters of the chosen linear layers."""
+    model: ModelSource
+    """Where the base model comes from."""
+    dataset: Annotated[dict[str, Any], Overrides(DatasetSpec)]
+    """The training data and how they are read."""
+    validation: Annotated[dict[str, Any] | None, Overrides(ValidationSpec)] = None
+    """The held-out data."""
+    adapter: Annotated[dict[str, Any] | None, Overrides(AdapterConfig)] = None
+    """The adapter of LoRA."""
+    training: Annotated[dict[str, Any] | None, Overrides(TrainingConfig)] = None
+    """The optimisation."""
+    checkpoint: Annotated[dict[str, Any] | None, Overrides(CheckpointConfig)] = None
+    """How often the state of the run is saved."""
+    export: Annotated[dict[str, Any] | None, Overrides(ExportConfig)] = None
+    """What is written at the end."""
+    workers: Workers = Workers()
+    """The gang that trains together."""
+    storage: Storage
+    """The volumes of the job."""
+    failure_policy: FailurePolicy = FailurePolicy()
+    """What happens when a worker is lost."""
+    suspend: bool = False
+    """True frees the workers after a checkpoint; false goes on from there."""
+
+    rules: ClassVar[tuple[Rule, ...]] = tuple(rule for rule in RunConfig.rules)
+
+
+State = Literal["Pending", "Staging", "Starting", "Running", "Suspended", "Restarting", "Succeeded", "Failed"]
+ConditionType = Literal["Staged", "Started", "Running", "Suspended", "Succeeded", "Failed"]
+
+
+class Condition(ContractModel):
+    """A metav1.Condition."""
+
+    type: ConditionType
+    """What the condition is about."""
+    status: Literal["True", "False", "Unknown"]
+    """Whether it holds."""
+    reason: str = Field(min_length=1, max_length=1024, pattern=r"^[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?$")
+    """Why, in one word for programs."""
+    message: str = Field(max_length=32768)
+    """Why, in a sentence for people."""
+    last_transition_time: datetime
+    """When status last changed."""
+    observed_generation: int | None = None
+    """The generation of the spec that this is about."""
+
+
+class WorkersStatus(ContractModel):
+    """Worker pods of the present attempt."""
+
+    active: int = 0
+    """Pods that are pending or running."""
+    ready: int = 0
+    """Pods that are ready."""
+    succeeded: int = 0
+    """Pods that ended well."""
+    failed: int = 0
+    """Pods that failed."""
+
+
+class Staged(ContractModel):
+    """The staged base model."""
+
+    path: str
+    """Folder on the models volume."""
+    architecture: str
+    """As its config.json says."""
+    parameters: int
+    """Number of weights."""
+    bytes: int
+    """Size of all files."""
+
+
+class FineTuneJobStatus(ContractModel):
+    """What the operator knows. Everything that a restarted operator needs stands here."""
+
+    observed_generation: int | None = None
+    """The generation of the spec that this status is about."""
+    state: State | None = None
+    """The conditions in one word, for people."""
+    conditions: list[Condition] = Field(
+        default=[], json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["type"]}
+    )
+    """The details, for programs."""
+    start_time: datetime | None = None
+    """When the first attempt was created."""
+    completion_time: datetime | None = None
+    """When the job succeeded or failed."""
+    attempt: int = 0
+    """Number of the present attempt, from 1; 0 before the first."""
+    attempt_start_time: datetime | None = None
+    """When the present attempt's Job was first seen; absent while it waits to be created."""
+    next_attempt_time: datetime | None = None
+    """Earliest time at which the next attempt is created, while one waits."""
+    restarts: int = 0
+    """Attempts that were lost to crashes."""
+    disruptions: int = 0
+    """Attempts that were lost to evictions and lost nodes."""
+    workers: WorkersStatus | None = None
+    """Worker pods of the present attempt."""
+    staged: Staged | None = None
+    """The staged base model."""
+    progress: Progress | None = None
+    """How far the training is."""
+    checkpoint: CheckpointStatus | None = None
+    """The newest complete checkpoint."""
+    output_path: str | None = None
+    """Folder of this run on the output volume."""
+    result: Result | None = None
+    """What the run left behind. Paths are on the output volume."""
+
+
+class FineTuneJob(NamedTuple):
+    """A FineTuneJob as the operator reads it."""
+
+    namespace: str
+    name: str
+    uid: str
+    generation: int
+    deleting: bool
+    spec: FineTuneJobSpec
+    status: FineTuneJobStatus
+
+    @property
+    def key(self) -> str:
+        """namespace/name."""
+        return f"{self.namespace}/{self.name}"
+
+
+def parse(body: dict[str, Any]) -> FineTuneJob:
+    """The typed FineTuneJob of an API object. Raises InvalidJob with every problem, spelt as in the manifest."""
+    metadata = body["metadata"]
+    try:
+        spec = FineTuneJobSpec.model_validate(body.get("spec", {}))
+    except ValidationError as error:
+        raise InvalidJob(f"spec.{problem}" for problem in explain(error, FineTuneJobSpec, to_camel)) from error
+    return FineTuneJob(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        deleting="deletionTimestamp" in metadata,
+        spec=spec,
+        status=FineTuneJobStatus.model_validate(body.get("status") or {}),
+    )

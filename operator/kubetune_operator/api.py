@@ -6,7 +6,7 @@ preset is laid under them.
 """
 
 from datetime import datetime
-from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, Self
 
 from pydantic import Field, ValidationError
 from pydantic.alias_generators import to_camel
@@ -25,6 +25,7 @@ from kubetune_contract.config import (
     VolumePath,
 )
 from kubetune_contract.errors import explain
+from kubetune_contract.presets import preset_names
 from kubetune_contract.progress import CheckpointStatus, Progress, Result
 from kubetune_operator.errors import InvalidJob
 
@@ -36,7 +37,12 @@ PLURAL: Final = "finetunejobs"
 SHORT_NAME: Final = "ftj"
 
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Quantity = Annotated[str | int | float, Field(json_schema_extra={"x-kubernetes-int-or-string": True})]
+Quantity = Annotated[
+    Annotated[int, Field(ge=0)]
+    | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|[MGTPE]i?|e[0-9]+)?$", max_length=32)],
+    Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
+]
+"""An amount, such as 2, 500m or 16Gi."""
 
 
 class Overrides(NamedTuple):
@@ -160,7 +166,7 @@ class FailurePolicy(ContractModel):
 class FineTuneJobSpec(ContractModel):
     """One fine-tuning run. It cannot be changed later, except for suspend."""
 
-    preset: str | None = None
+    preset: str | None = Field(default=None, json_schema_extra={"enum": list(preset_names())})
     """A named configuration; the training sections below override it field by field."""
     method: Method | None = None
     """Full trains every weight, LoRA low-rank adapters of the chosen linear layers."""
@@ -187,7 +193,8 @@ class FineTuneJobSpec(ContractModel):
     suspend: bool = False
     """True frees the workers after a checkpoint; false goes on from there."""
 
-    rules: ClassVar[tuple[Rule, ...]] = tuple(rule for rule in RunConfig.rules)
+    # For the API server only: Python judges the RunConfig, once the preset is laid under the spec.
+    rules: ClassVar[tuple[Rule, ...]] = tuple(rule._replace(holds=lambda _: True) for rule in RunConfig.rules)
 
 
 State = Literal["Pending", "Staging", "Starting", "Running", "Suspended", "Restarting", "Succeeded", "Failed"]
@@ -237,6 +244,38 @@ class Staged(ContractModel):
     """Size of all files."""
 
 
+class Display(ContractModel):
+    """The columns of `kubectl get`: numbers rounded for people."""
+
+    progress: str
+    """Steps done, such as `42%`."""
+    loss: str | None = None
+    """Training loss of the last step."""
+    eta: str | None = None
+    """Time until the last step, such as `3m10s`."""
+
+    @classmethod
+    def of(cls, progress: Progress) -> Self:
+        """The columns of this progress."""
+        remaining = progress.estimated_remaining_seconds
+        return cls(
+            progress=f"{progress.percentage}%",
+            loss=None if progress.loss is None else f"{progress.loss:.4g}",
+            eta=None if remaining is None else duration(remaining),
+        )
+
+
+def duration(seconds: float) -> str:
+    """A time span in its two largest units, such as `45s`, `3m10s`, `2h5m` or `1d3h`."""
+    left, parts = int(seconds), []
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60), ("s", 1)):
+        count, left = divmod(left, size)
+        parts.append((count, unit))
+    while len(parts) > 1 and parts[0][0] == 0:
+        parts.pop(0)
+    return "".join(f"{count}{unit}" for count, unit in parts[:2] if count) or "0s"
+
+
 class FineTuneJobStatus(ContractModel):
     """What the operator knows. Everything that a restarted operator needs stands here."""
 
@@ -259,15 +298,17 @@ class FineTuneJobStatus(ContractModel):
     next_attempt_time: datetime | None = None
     """Earliest time at which the next attempt is created, while one waits."""
     restarts: int = 0
-    """Attempts that were lost to crashes."""
+    """Restarts of the gang after crashes."""
     disruptions: int = 0
-    """Attempts that were lost to evictions and lost nodes."""
+    """Restarts of the gang after evictions and lost nodes; they are not limited."""
     workers: WorkersStatus | None = None
     """Worker pods of the present attempt."""
     staged: Staged | None = None
     """The staged base model."""
     progress: Progress | None = None
     """How far the training is."""
+    display: Display | None = None
+    """The same for `kubectl get`."""
     checkpoint: CheckpointStatus | None = None
     """The newest complete checkpoint."""
     output_path: str | None = None

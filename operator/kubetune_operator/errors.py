@@ -1,7 +1,11 @@
 """The operator's own errors.
 
 OperatorError
-└── InvalidJob      a FineTuneJob that cannot work, found before anything was created
+├── InvalidJob      a FineTuneJob that cannot work, found before anything was created
+├── NameTaken       a name that a child needs belongs to somebody else
+├── ApiError        the API server refused a request
+├── Unreachable     the API server gave no answer
+└── Expired         a watch cannot go on from where it was: list again
 """
 
 from collections.abc import Iterable
@@ -17,3 +21,23 @@ class InvalidJob(OperatorError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(self.problems))
+
+
+class NameTaken(OperatorError):
+    """An object of the name is there and is not ours. The message says what to do."""
+
+
+class ApiError(OperatorError):
+    """The API server refused a request. `status` is the HTTP code."""
+
+    def __init__(self, status: int, message: str) -> None:
+        self.status = status
+        super().__init__(f"{status}: {message}")
+
+
+class Unreachable(OperatorError):
+    """The API server gave no answer, or half a one."""
+
+
+class Expired(OperatorError):
+    """The resource version is too old to watch from (410)."""

@@ -16,7 +16,11 @@ class Rule(NamedTuple):
     holds: Callable[[Any], bool]
     """The same rule over a complete model."""
     message: str
-    """What must be true and what to change. Names fields in camelCase."""
+    """What must be true and what to change. Names fields in camelCase; `{field}` stands for the field's value."""
+
+    def tell(self, model: "ContractModel") -> str:
+        """The message about this model."""
+        return self.message.format_map(model.model_dump(by_alias=True))
 
 
 class ContractModel(BaseModel):
@@ -34,7 +38,7 @@ class ContractModel(BaseModel):
 
     @model_validator(mode="after")
     def _keep_rules(self) -> Self:
-        broken = [rule.message for rule in self.rules if not rule.holds(self)]
+        broken = [rule.tell(self) for rule in self.rules if not rule.holds(self)]
         if broken:
             raise ValueError("; ".join(broken))
         return self

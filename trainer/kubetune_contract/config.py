@@ -1,6 +1,6 @@
 """RunConfig: everything that decides a run, closed and complete. Every bound, default and rule stands here, once."""
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -15,14 +15,14 @@ VolumePath = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$
 
 
 def stays_inside(path: str) -> bool:
-    """Whether no step of the path climbs out of the volume."""
-    return ".." not in path.split("/")
+    """Whether the path begins at the root of the volume and no step climbs out of it."""
+    return not {"", ".", ".."} & set(path.split("/"))
 
 
 VOLUME_PATH_RULE = Rule(
-    cel="!has(self.volumePath) || !self.volumePath.split('/').exists(step, step == '..')",
+    cel="!has(self.volumePath) || !self.volumePath.split('/').exists(step, step in ['', '.', '..'])",
     holds=lambda model: model.volume_path is None or stays_inside(model.volume_path),
-    message="volumePath must stay inside the volume: remove '..'",
+    message="volumePath {volumePath} must be a path below the volume's root: without a leading '/' and without '..'",
 )
 
 
@@ -135,7 +135,7 @@ class TrainingConfig(ContractModel):
         Rule(
             cel="!has(self.maxSteps) || !has(self.warmupSteps) || self.warmupSteps < self.maxSteps",
             holds=lambda training: training.max_steps is None or training.warmup_steps < training.max_steps,
-            message="warmupSteps must be less than maxSteps: lower warmupSteps or raise maxSteps",
+            message="warmupSteps {warmupSteps} must be less than maxSteps {maxSteps}: lower the one or raise the other",
         ),
     )
 
@@ -182,15 +182,24 @@ class RunConfig(ContractModel):
         Rule(
             cel="!has(self.method) || self.method != 'Full' || !has(self.adapter)",
             holds=lambda run: run.method != "Full" or run.adapter is None,
-            message="adapter goes with method LoRA: remove adapter, or set method to LoRA",
+            message="adapter goes with method LoRA, but method is {method}: remove adapter, or set method to LoRA",
         ),
         Rule(
             cel="!has(self.method) || self.method != 'Full' || !has(self.export)"
             " || !has(self.export.merged) || !self.export.merged",
             holds=lambda run: run.method != "Full" or not run.export.merged,
-            message="export.merged goes with method LoRA: full fine-tuning writes a whole model anyway",
+            message="export.merged goes with method LoRA, but method is {method}: "
+            "full fine-tuning writes a whole model anyway",
         ),
     )
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The document as the trainer reads it. Nulls stay: a null maxGradientNorm is not the same as its default."""
+        return self.model_dump_json(by_alias=True, indent=indent)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The document as JSON values, nulls included."""
+        return self.model_dump(mode="json", by_alias=True)
 
     @property
     def lora(self) -> AdapterConfig | None:

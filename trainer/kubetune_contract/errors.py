@@ -1,6 +1,7 @@
 """How a wrong configuration is told: all problems at once, each with field, value and the nearest right name."""
 
 import difflib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,6 +9,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.alias_generators import to_snake
 
 from kubetune_contract.exit_codes import ExitCode, JobError
+
+_CAMEL = re.compile(r"\b[a-z]+(?:[A-Z][a-z0-9]*)+\b")
+"""A field in the text of a rule."""
 
 
 class ConfigError(JobError):
@@ -39,7 +43,7 @@ def _sentence(problem: Any, model: type[BaseModel], spell: Callable[[str], str])
             return f"{path}: a value is required"
         case "value_error":
             prefix = f"{path}: " if path else ""
-            return prefix + str(problem["ctx"]["error"])
+            return prefix + _CAMEL.sub(lambda word: spell(word[0]), str(problem["ctx"]["error"]))
         case _:
             return f"{path}: {problem['msg'][0].lower()}{problem['msg'][1:]}, but it is {value!r}"
 

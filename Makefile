@@ -1,0 +1,93 @@
+# Every target does its own set-up. KUBE_CONTEXT=NAME uses an existing cluster, REGISTRY=HOST/PATH pushes images there.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+export KUBE_CONTEXT REGISTRY
+
+CLUSTER := python3 tests/cluster/cluster.py
+PYTHON := .venv/bin/python
+PYTEST := $(PYTHON) -m pytest
+# Puts kubectl, helm and the kubeconfig of the cluster in place for one recipe line.
+WITH_CLUSTER := eval "$$($(CLUSTER) env)" &&
+UNIT_TESTS := tests/contract tests/operator tests/trainer tests/cluster
+
+.PHONY: help
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: setup
+setup: ## Install system packages and make the virtual environment
+	@$(CLUSTER) setup
+
+.venv/kubetune.stamp: pyproject.toml
+	@$(CLUSTER) venv
+
+.PHONY: demo
+demo: ## Fine-tune a real model on a real cluster, from nothing to an answer
+	@$(CLUSTER) up --venv --images
+	@$(WITH_CLUSTER) $(PYTHON) examples/demo/run.py
+
+.PHONY: demo-clean
+demo-clean: .venv/kubetune.stamp ## Remove what the demo made from the cluster; the cluster stays
+	@$(WITH_CLUSTER) $(PYTHON) examples/demo/run.py --clean
+
+.PHONY: lint
+lint: .venv/kubetune.stamp ## Check format, types, who imports whom, and that the CRD is generated
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	MYPYPATH=tests/cluster .venv/bin/mypy $(filter-out tests/cluster/test_%,$(wildcard tests/cluster/*.py))
+	.venv/bin/lint-imports
+	$(PYTHON) -m kubetune_operator.crd --check
+
+.PHONY: test
+test: ## Run everything: lint, then unit, integration and end-to-end tests
+	@$(CLUSTER) up --venv --images
+	@$(MAKE) lint
+	@$(WITH_CLUSTER) $(PYTEST) $(UNIT_TESTS) tests/integration tests/e2e $(ARGS)
+
+.PHONY: test-unit
+test-unit: .venv/kubetune.stamp ## Run the tests that need nothing (the inner loop); ARGS='-k word' selects
+	@$(PYTEST) $(UNIT_TESTS) -m "not integration and not e2e" $(ARGS)
+
+.PHONY: test-integration
+test-integration: ## Run the tests that need an API server
+	@$(CLUSTER) up --venv
+	@$(WITH_CLUSTER) $(PYTEST) tests/cluster tests/integration $(ARGS)
+
+.PHONY: test-e2e
+test-e2e: ## Run the tests that need a node and the images
+	@$(CLUSTER) up --venv --images
+	@$(WITH_CLUSTER) $(PYTEST) tests/e2e $(ARGS)
+
+.PHONY: generate
+generate: .venv/kubetune.stamp ## Write the generated files (crds/)
+	$(PYTHON) -m kubetune_operator.crd
+
+.PHONY: cluster-up
+cluster-up: ## Start the embedded cluster, or repair it
+	@$(CLUSTER) up
+
+.PHONY: cluster-down
+cluster-down: ## Stop the embedded cluster and remove what it left, volumes included; caches stay
+	@$(CLUSTER) down
+
+.PHONY: cluster-status
+cluster-status: ## Show every component of the embedded cluster
+	@$(CLUSTER) status
+
+.PHONY: images
+images: ## Build both images, push them, print their references
+	@$(CLUSTER) build-images
+
+.PHONY: kubeconfig
+kubeconfig: ## Print the path of the cluster's kubeconfig
+	@$(CLUSTER) kubeconfig
+
+.PHONY: clean
+clean: ## Remove the virtual environment and the tools' caches from this clone
+	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,34 @@
+# The operator's image. Build from the repository's root: docker build -f images/operator.Dockerfile .
+# The digest is a multi-architecture index; move both Dockerfiles together.
+ARG BASE_IMAGE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+
+# What only the build needs: uv, and the list of dependencies, whose one home is pyproject.toml.
+FROM ${BASE_IMAGE} AS tools
+# A certificate bundle of the building machine, for networks that need one.
+ARG SSL_CERT_FILE
+RUN python3 -m pip --version || (apt-get update && apt-get install -y --no-install-recommends python3-pip)
+RUN python3 -m pip install --no-cache-dir ${SSL_CERT_FILE:+--cert $SSL_CERT_FILE} --target /tools "uv>=0.9,<1"
+COPY pyproject.toml /
+# The fixed time keeps the layers below cached when pyproject.toml changes elsewhere.
+RUN python3 -c "import tomllib; project = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
+print('\n'.join(project['dependencies'] + project['optional-dependencies']['operator']))" > /requirements.txt \
+ && touch --date=@0 /requirements.txt
+
+FROM ${BASE_IMAGE}
+ARG SSL_CERT_FILE
+ARG UV_CACHE_DIR=/var/cache/uv
+RUN useradd --uid 65532 --user-group --create-home --shell /usr/sbin/nologin kubetune \
+ && rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/*
+ENV PATH=/opt/kubetune/bin:$PATH PYTHONUNBUFFERED=1
+COPY --from=tools /requirements.txt /opt/requirements.txt
+# The dependencies are a layer of their own, below the code.
+RUN --mount=type=bind,from=tools,source=/tools,target=/tools --mount=type=cache,target=/var/cache/uv \
+    /tools/bin/uv venv --no-managed-python --python "$(command -v python3)" /opt/kubetune \
+ && /tools/bin/uv pip install --python /opt/kubetune --link-mode copy --compile-bytecode -r /opt/requirements.txt \
+ && echo /opt/kubetune/code > "$(echo /opt/kubetune/lib/python3*/site-packages)/kubetune.pth"
+COPY trainer/kubetune_contract /opt/kubetune/code/kubetune_contract
+COPY operator/kubetune_operator /opt/kubetune/code/kubetune_operator
+# The root filesystem is read-only when this runs, so bytecode is written now.
+RUN python -m compileall -q /opt/kubetune/code
+USER 65532:65532
+ENTRYPOINT ["python", "-m", "kubetune_operator"]

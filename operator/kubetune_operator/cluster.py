@@ -1,0 +1,387 @@
+"""The API server, and nobody else talks to it: cached Jobs and pods, creates, applies, status, events, token reviews.
+
+Requests go through the official asynchronous client, but with plain JSON objects: its models cost memory and time and
+add nothing to what the planner reads.
+"""
+
+import asyncio
+import hashlib
+import json
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple, Self
+
+import aiohttp
+from kubernetes.aio import client as kubernetes
+from kubernetes.aio import config as kubernetes_config
+
+from kubetune_contract.paths import TOKEN_AUDIENCE
+from kubetune_operator.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
+from kubetune_operator.errors import ApiError, Expired, NameTaken, Unreachable
+from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, ROLE_LABEL, STAGE
+from kubetune_operator.watch import ObjectCache
+
+Manifest = dict[str, Any]
+
+TIMEOUT_SECONDS: Final = 30.0
+"""Of one request; the client's own default is 300 s."""
+WATCH_SECONDS: Final = 300
+"""After which the server ends a watch, so that a silent one is noticed."""
+SILENCE_SECONDS: Final = 120.0
+"""A watch on which not even a bookmark came for so long is opened anew. Bookmarks come every minute."""
+TOKEN_CACHE_SECONDS: Final = 60.0
+TOKEN_CACHE_SIZE: Final = 10000
+JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
+
+_COLLECTIONS: Final = {
+    "Job": ("/apis/batch/v1", "jobs"),
+    "Pod": ("/api/v1", "pods"),
+    "Service": ("/api/v1", "services"),
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "Event": ("/api/v1", "events"),
+    KIND: (f"/apis/{GROUP}/{VERSION}", PLURAL),
+}
+_JSON: Final = "application/json"
+_APPLY: Final = "application/apply-patch+yaml"
+_MERGE: Final = "application/merge-patch+json"
+
+
+class PodIdentity(NamedTuple):
+    """The pod that a token was made for."""
+
+    namespace: str
+    pod: str
+    uid: str
+
+
+def path_of(kind: str, namespace: str | None = None, name: str | None = None, part: str | None = None) -> str:
+    """The URL path of a collection or an object."""
+    base, plural = _COLLECTIONS[kind]
+    parts = [base, f"namespaces/{namespace}" if namespace else None, plural, name, part]
+    return "/".join(item for item in parts if item)
+
+
+def worker_group(namespace: str, name: str) -> Hashable:
+    """The group of a FineTuneJob's worker Jobs, and of its worker pods."""
+    return (namespace, "worker", name)
+
+
+def stage_group(namespace: str, name: str) -> Hashable:
+    """The group of a staging Job's pods."""
+    return (namespace, "stage", name)
+
+
+def group_of(manifest: Manifest) -> Hashable:
+    """The group in which a child Job or pod is looked for."""
+    metadata = manifest["metadata"]
+    labels = metadata.get("labels", {})
+    if labels.get(ROLE_LABEL) == STAGE:
+        return stage_group(metadata["namespace"], labels.get(JOB_NAME_LABEL, metadata["name"]))
+    return worker_group(metadata["namespace"], labels.get(JOB_LABEL, ""))
+
+
+class Cluster:
+    """One connection to the API server."""
+
+    def __init__(self, client: Any, namespace: str | None, changed: Callable[[Manifest], None]) -> None:
+        """`namespace` is the only one to watch, None is all. `changed` hears of every change of a child."""
+        self._client = client
+        self._namespace = namespace
+        self._applied: dict[tuple[str, str, str], str] = {}
+        self._tokens: dict[str, tuple[float, PodIdentity | None]] = {}
+        self.jobs = ObjectCache(_Children(self, "Job"), group_of, changed)
+        self.pods = ObjectCache(_Children(self, "Pod"), group_of, changed)
+
+    @classmethod
+    async def connect(cls, namespace: str | None, changed: Callable[[Manifest], None]) -> Self:
+        """Connect from within a pod by its account, from elsewhere by KUBECONFIG."""
+        configuration = kubernetes.Configuration()
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            kubernetes_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        else:
+            await kubernetes_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        return cls(kubernetes.ApiClient(configuration), namespace, changed)
+
+    async def run(self) -> None:
+        """Keep the caches fresh until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self.jobs.run())
+            tasks.create_task(self.pods.run())
+
+    async def synced(self) -> None:
+        """Wait until both caches are complete."""
+        await self.jobs.synced.wait()
+        await self.pods.synced.wait()
+
+    @property
+    def is_synced(self) -> bool:
+        """Whether both caches are complete."""
+        return self.jobs.synced.is_set() and self.pods.synced.is_set()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    # ------------------------------------------------------------ FineTuneJobs
+
+    async def list_finetunejobs(self) -> list[Manifest]:
+        """All FineTuneJobs."""
+        answer = await self.request("GET", path_of(KIND, self._namespace))
+        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in answer["items"]]
+
+    async def get_finetunejob(self, namespace: str, name: str) -> Manifest | None:
+        """The FineTuneJob as it is now; None if there is none."""
+        return await self._get(KIND, namespace, name)
+
+    async def write_status(self, body: Manifest, status: Manifest) -> Manifest:
+        """Replace our part of the status of the FineTuneJob, if it is still as in `body`; its new body.
+
+        What the last write set and this one does not is removed by the server. Raises ApiError 409 if it has changed,
+        404 if it is gone.
+        """
+        metadata = {key: body["metadata"][key] for key in ("name", "namespace", "resourceVersion")}
+        manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
+        path = path_of(KIND, metadata["namespace"], metadata["name"], "status")
+        return await self._apply(path, manifest, FIELD_MANAGER)
+
+    # ------------------------------------------------------------ children
+
+    async def create(self, manifest: Manifest) -> None:
+        """Create a child, or bring one that is ours up to date; a Job that is there is never changed.
+
+        Raises NameTaken if the name belongs to somebody else.
+        """
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        namespace, name = metadata["namespace"], metadata["name"]
+        try:
+            answer = await self.request("POST", path_of(kind, namespace), {"fieldManager": FIELD_MANAGER}, manifest)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            answer = await self._existing(kind, namespace, name, metadata["ownerReferences"][0]["uid"])
+            if kind != "Job":
+                answer = await self._apply(path_of(kind, namespace, name), manifest, FIELD_MANAGER)
+        self._saw(kind, answer)
+        self._applied[(kind, namespace, name)] = _digest(manifest)
+
+    async def keep(self, manifest: Manifest) -> None:
+        """Apply a child that is ours, unless this very content was applied before."""
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        key, digest = (kind, metadata["namespace"], metadata["name"]), _digest(manifest)
+        if self._applied.get(key) != digest:
+            await self._apply(path_of(*key), manifest, FIELD_MANAGER)
+            self._applied[key] = digest
+
+    async def share(self, manifest: Manifest, manager: str) -> None:
+        """Apply a shared child under a field manager of its own, so that owners add up."""
+        metadata = manifest["metadata"]
+        path = path_of(manifest["kind"], metadata["namespace"], metadata["name"])
+        self._saw(manifest["kind"], await self._apply(path, manifest, manager))
+
+    async def suspend(self, namespace: str, name: str, uid: str, suspended: bool) -> None:
+        """Suspend or resume a child Job, if it is still the one with that uid."""
+        body = {"metadata": {"uid": uid}, "spec": {"suspend": suspended}}
+        query = {"fieldManager": FIELD_MANAGER}
+        path = path_of("Job", namespace, name)
+        self._saw("Job", await self.request("PATCH", path, query, body, _MERGE))
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
+        """Delete a child and what depends on it, if it is still the one with that uid."""
+        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+        try:
+            await self.request("DELETE", path_of(kind, namespace, name), {}, body)
+        except ApiError as error:
+            if error.status not in (404, 409):
+                raise
+
+    def forget(self, namespace: str, names: list[str]) -> None:
+        """Drop what is remembered of a deleted FineTuneJob's children."""
+        for kind in ("ConfigMap", "Service"):
+            for name in names:
+                self._applied.pop((kind, namespace, name), None)
+
+    async def _existing(self, kind: str, namespace: str, name: str, owner: str) -> Manifest:
+        found = await self._get(kind, namespace, name)
+        if found is None:
+            raise ApiError(409, f"{kind} {name} was deleted while it was looked at")
+        if all(reference["uid"] != owner for reference in found["metadata"].get("ownerReferences") or []):
+            raise NameTaken(
+                f'{kind} "{name}" exists in namespace {namespace} and does not belong to this FineTuneJob: '
+                "delete it, or give the FineTuneJob another name"
+            )
+        return found
+
+    def _saw(self, kind: str, answer: Manifest) -> None:
+        if kind == "Job":
+            self.jobs.saw(answer)
+
+    # ------------------------------------------------------------ events and tokens
+
+    async def post_event(self, body: Manifest, kind: str, reason: str, message: str) -> None:
+        """Post an Event on the FineTuneJob. The same one again only raises its count."""
+        metadata, now = body["metadata"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        digest = hashlib.sha256(f"{metadata['uid']}{kind}{reason}{message}".encode()).hexdigest()[:16]
+        namespace, name = metadata["namespace"], f"{metadata['name']}.{digest}"
+        subject = {key: metadata[key] for key in ("name", "namespace", "uid", "resourceVersion")}
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name, "namespace": namespace},
+            "involvedObject": {"apiVersion": API_VERSION, "kind": KIND, **subject},
+            "type": kind,
+            "reason": reason,
+            "message": message[:1024],
+            "source": {"component": FIELD_MANAGER},
+            "firstTimestamp": now,
+            "lastTimestamp": now,
+            "count": 1,
+        }
+        try:
+            await self.request("POST", path_of("Event", namespace), {}, event)
+        except ApiError as error:
+            if error.status != 409:
+                raise
+            path = path_of("Event", namespace, name)
+            known = await self.request("GET", path)
+            again = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
+            await self.request("PATCH", path, {}, again, _MERGE)
+
+    async def review_token(self, token: str) -> PodIdentity | None:
+        """The pod that the progress token was made for; None if it is no such token. Answers are cached a minute."""
+        digest, now = hashlib.sha256(token.encode()).hexdigest(), time.monotonic()
+        known = self._tokens.get(digest)
+        if known is not None and now - known[0] < TOKEN_CACHE_SECONDS:
+            return known[1]
+        spec = {"token": token, "audiences": [TOKEN_AUDIENCE]}
+        review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
+        answer = await self.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, review)
+        if len(self._tokens) >= TOKEN_CACHE_SIZE:
+            self._tokens.clear()
+        identity = _identity(answer.get("status", {}))
+        self._tokens[digest] = (now, identity)
+        return identity
+
+    # ------------------------------------------------------------ requests
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content_type: str = _JSON,
+    ) -> Manifest:
+        """One request and its JSON answer. Raises ApiError or Unreachable."""
+        with _reaching(path):
+            async with await self._open(
+                method, path, query=query, body=body, content_type=content_type, timeout=TIMEOUT_SECONDS
+            ) as response:
+                answer: Manifest = json.loads(await response.read() or b"{}")
+                return answer
+
+    async def stream(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Manifest]:
+        """The JSON documents of a watch, line by line. Raises ApiError or Unreachable."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=SILENCE_SECONDS)
+        with _reaching(path):
+            async with await self._open(
+                "GET", path, query=query, body=None, content_type=_JSON, timeout=timeout
+            ) as response:
+                async for line in response.content:
+                    yield json.loads(line)
+
+    def children_path(self, kind: str) -> str:
+        """The collection of child Jobs or pods that is watched."""
+        return path_of(kind, self._namespace)
+
+    async def _open(
+        self, method: str, path: str, *, query: Any, body: Any, content_type: str, timeout: Any
+    ) -> aiohttp.ClientResponse:
+        arguments = await self._client.param_serialize(
+            method=method,
+            resource_path=path,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": _JSON, "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        answer = await self._client.call_api(*arguments, _request_timeout=timeout)
+        response: aiohttp.ClientResponse = answer.response
+        if response.status >= 400:
+            raise ApiError(response.status, _told(await response.read(), response.reason))
+        return response
+
+    async def _get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        try:
+            return await self.request("GET", path_of(kind, namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def _apply(self, path: str, manifest: Manifest, manager: str) -> Manifest:
+        return await self.request("PATCH", path, {"fieldManager": manager, "force": "true"}, manifest, _APPLY)
+
+
+class _Children:
+    """List and watch of one kind of children."""
+
+    def __init__(self, cluster: Cluster, kind: str) -> None:
+        self._cluster = cluster
+        self._kind = kind
+
+    async def list(self) -> Manifest:
+        query = {"labelSelector": ROLE_LABEL}
+        return await self._cluster.request("GET", self._cluster.children_path(self._kind), query)
+
+    async def watch(self, resource_version: str) -> AsyncIterator[Manifest]:
+        query = {
+            "labelSelector": ROLE_LABEL,
+            "watch": "true",
+            "allowWatchBookmarks": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        try:
+            async for event in self._cluster.stream(self._cluster.children_path(self._kind), query):
+                if event["type"] == "ERROR":
+                    raise ApiError(event["object"].get("code", 500), event["object"].get("message", ""))
+                yield event
+        except ApiError as error:
+            if error.status == 410:
+                raise Expired from error
+            raise
+
+
+@contextmanager
+def _reaching(path: str) -> Iterator[None]:
+    """Whatever can happen to a connection, as one error."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError, OSError, json.JSONDecodeError) as error:
+        raise Unreachable(f"no answer from the API server to {path}: {error or type(error).__name__}") from error
+
+
+def _identity(status: Manifest) -> PodIdentity | None:
+    """A wrong token is answered too: only `authenticated` for our audience counts."""
+    if status.get("authenticated") is not True or TOKEN_AUDIENCE not in (status.get("audiences") or []):
+        return None
+    user = status["user"]
+    extra = user.get("extra") or {}
+    pods, uids = (extra.get(f"authentication.kubernetes.io/pod-{what}") or [] for what in ("name", "uid"))
+    parts = user["username"].split(":")
+    if not pods or not uids or parts[:2] != ["system", "serviceaccount"]:
+        return None
+    return PodIdentity(namespace=parts[2], pod=pods[0], uid=uids[0])
+
+
+def _told(text: bytes, reason: str | None) -> str:
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return reason or "no reason given"
+
+
+def _digest(manifest: Manifest) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,214 @@
+"""One reconcile in the making: what was observed, what is decided, and the status that tells it."""
+
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from typing import Any, Final, NamedTuple
+
+from kubetune_contract.progress import ProgressReport
+from kubetune_operator.api import Condition, ConditionType, Display, FineTuneJob, FineTuneJobStatus
+from kubetune_operator.diagnosis import Manifest, Obstacle, moment
+from kubetune_operator.settings import Settings
+from kubetune_operator.status import clipped, find, is_true, seconds_of, state_of, with_condition
+
+EVIDENCE_SECONDS: Final = 5.0
+"""How long a finished Job may wait for the cache to show its pods' last words."""
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What the caches know of one FineTuneJob's children."""
+
+    stage_job: Manifest | None = None
+    stage_shared: bool = False
+    """Another FineTuneJob that is neither finished nor suspended needs the stage Job too."""
+    stage_pods: list[Manifest] = field(default_factory=list)
+    attempt_jobs: dict[int, Manifest] = field(default_factory=dict)
+    """The worker Jobs that this very FineTuneJob owns, by attempt."""
+    pods: list[Manifest] = field(default_factory=list)
+    """Worker pods of all attempts."""
+    gone_pods: list[Manifest] = field(default_factory=list)
+    """The last sight of worker pods that are no more."""
+    progress: ProgressReport | None = None
+    """The report to show, of the present attempt."""
+    conflict: str | None = None
+    """Why a child could not be created: an object of that name is not ours."""
+
+
+class Event(NamedTuple):
+    """An Event to post on the FineTuneJob."""
+
+    type: str
+    reason: str
+    message: str
+
+
+class Deletion(NamedTuple):
+    """A child to delete, with all that depends on it."""
+
+    kind: str
+    name: str
+    uid: str
+
+
+class Suspension(NamedTuple):
+    """A child Job to suspend or to resume."""
+
+    name: str
+    uid: str
+    suspended: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to do now, in this order, and when to look again."""
+
+    apply: list[Manifest]
+    suspend: list[Suspension]
+    delete: list[Deletion]
+    status: FineTuneJobStatus
+    events: list[Event]
+    requeue_after: float | None
+    """Seconds after which time alone may change the plan."""
+
+
+class Decision:
+    """Collects one plan. Children are only removed after the status that explains it was written."""
+
+    def __init__(self, job: FineTuneJob, observed: Observed, settings: Settings, now: datetime) -> None:
+        self.job = job
+        self.observed = observed
+        self.settings = settings
+        self.now = now
+        self.status = job.status.model_copy(update={"observed_generation": job.generation})
+        self._apply: list[Manifest] = []
+        self._suspend: list[Suspension] = []
+        self._delete: list[Deletion] = []
+        self._events: list[Event] = []
+        self._requeue_after: float | None = None
+
+    def set(self, **fields: Any) -> None:
+        """Set fields of the status."""
+        self.status = self.status.model_copy(update=fields)
+
+    def condition(self, kind: ConditionType, holds: bool, reason: str, message: str, event: str | None = None) -> None:
+        """Set a condition; `event` is the type of the Event that tells people when its status or reason changes."""
+        text = clipped(message)
+        before = find(self.status, kind)
+        state = "True" if holds else "False"
+        self.status = with_condition(
+            self.status,
+            Condition(
+                type=kind,
+                status="True" if holds else "False",
+                reason=reason,
+                message=text,
+                last_transition_time=seconds_of(self.now),
+                observed_generation=self.job.generation,
+            ),
+        )
+        if event is not None and (before is None or (before.status, before.reason) != (state, reason)):
+            self._events.append(Event(event, reason, text))
+
+    def withdraw(self, kind: ConditionType, reason: str, message: str) -> None:
+        """Set a condition to False if it was ever set: a thing that never held needs no denial."""
+        if find(self.status, kind) is not None:
+            self.condition(kind, False, reason, message)
+
+    def fail(self, reason: str, message: str) -> None:
+        """End the job for good."""
+        self.condition("Failed", True, reason, message)
+        self._events.append(Event("Warning", "Failed", f"{reason}: {clipped(message)}"))
+        self.condition("Succeeded", False, reason, message)
+        self._stand_still(reason, "The job has failed.")
+
+    def succeed(self, message: str) -> None:
+        """End the job well."""
+        self.condition("Succeeded", True, "Done", message)
+        self._events.append(Event("Normal", "Succeeded", clipped(message)))
+        self._stand_still("Done", "The job has succeeded.")
+
+    def _stand_still(self, reason: str, message: str) -> None:
+        self.withdraw("Running", reason, message)
+        if is_true(self.status, "Suspended"):
+            self.withdraw("Suspended", reason, message)
+        self.set(completion_time=seconds_of(self.now), next_attempt_time=None)
+        self._requeue_after = None
+        self._apply.clear()
+
+    def blocked(self, kind: ConditionType, obstacle: Obstacle, prefix: str = "") -> None:
+        """Say what keeps a pod from starting. A claim that stays missing ends the job.
+
+        The kubelet alternates between two wordings of an image that it cannot pull: the first one stays.
+        """
+        before = find(self.status, kind)
+        if obstacle.reason == "ImagePull" and before is not None and before.reason == "ImagePull":
+            return
+        if obstacle.missing_claim is not None and self._grace_is_over(obstacle):
+            message = self._missing(obstacle.missing_claim)
+            self.condition(kind, False, obstacle.reason, message)
+            self.fail(obstacle.reason, message)
+            return
+        self.condition(kind, False, obstacle.reason, prefix + obstacle.message, event="Warning")
+
+    def _grace_is_over(self, obstacle: Obstacle) -> bool:
+        since = obstacle.since or self.now
+        left = (since - self.now).total_seconds() + self.settings.volume_grace_seconds
+        if left > 0:
+            self.look_again(left)
+        return left <= 0
+
+    def _missing(self, claim: str) -> str:
+        storage = self.job.spec.storage
+        named = {"spec.storage.models.claimName": storage.models, "spec.storage.output.claimName": storage.output}
+        fields = " and ".join(field for field, value in named.items() if value.claim_name == claim)
+        return (
+            f'PersistentVolumeClaim "{claim}" ({fields or "storage"}) does not exist '
+            f"in namespace {self.job.namespace}: create it, or name one that exists, and submit the job again"
+        )
+
+    def apply(self, *manifests: Manifest) -> None:
+        """Create or keep children, in this order."""
+        self._apply.extend(manifests)
+
+    def suspend(self, child: Manifest, suspended: bool) -> None:
+        """Suspend or resume a child Job that is not so already."""
+        if bool(child["spec"].get("suspend")) != suspended:
+            self._suspend.append(Suspension(child["metadata"]["name"], child["metadata"]["uid"], suspended))
+
+    def delete(self, child: Manifest) -> None:
+        """Delete a child Job that is not being deleted already."""
+        if "deletionTimestamp" not in child["metadata"]:
+            self._delete.append(Deletion("Job", child["metadata"]["name"], child["metadata"]["uid"]))
+
+    def look_again(self, seconds: float) -> None:
+        """Plan again after so many seconds, or sooner if somebody else asked for it."""
+        seconds = max(0.05, seconds)
+        self._requeue_after = min(seconds, self._requeue_after or seconds)
+
+    def look_again_at(self, due: datetime) -> None:
+        """Plan again at that moment."""
+        self.look_again((due - self.now).total_seconds())
+
+    def evidence_due(self, ended: str | None) -> bool:
+        """Whether last words should have arrived by now, given the API's time of the end; if not, look again soon."""
+        left = ((moment(ended) or self.now) - self.now).total_seconds() + EVIDENCE_SECONDS
+        if left > 0:
+            self.look_again(min(1.0, left))
+        return left <= 0
+
+    def in_seconds(self, seconds: float) -> datetime:
+        """The moment so many seconds from now, rounded up to a whole one."""
+        return seconds_of(self.now + timedelta(seconds=seconds, microseconds=999999))
+
+    def plan(self) -> Plan:
+        """All that was decided."""
+        progress = self.status.progress
+        self.set(state=state_of(self.status), display=progress and Display.of(progress))
+        return Plan(
+            apply=self._apply,
+            suspend=self._suspend,
+            delete=self._delete,
+            status=self.status,
+            events=self._events,
+            requeue_after=self._requeue_after,
+        )

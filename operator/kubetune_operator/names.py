@@ -1,0 +1,101 @@
+"""Names and labels of everything that a FineTuneJob owns. A name that two places need stands here, once."""
+
+import hashlib
+import json
+from typing import Any, Final
+
+from kubetune_operator.api import FineTuneJob, FineTuneJobSpec, HuggingFaceSource, ModelSource
+
+FIELD_MANAGER: Final = "kubetune"
+
+JOB_LABEL: Final = "kubetune.io/job"
+"""Name of the FineTuneJob. Shared staging Jobs do not carry it: their owner references say whose they are."""
+ATTEMPT_LABEL: Final = "kubetune.io/attempt"
+ROLE_LABEL: Final = "kubetune.io/role"
+"""On every Job and Pod; the operator's watches select by its presence."""
+WORKER: Final = "worker"
+STAGE: Final = "stage"
+MANAGED_BY: Final = {"app.kubernetes.io/managed-by": "kubetune"}
+
+CONTAINER: Final = "main"
+"""The only container of a worker or staging pod."""
+
+MODELS_VOLUME: Final = "models"
+OUTPUT_VOLUME: Final = "output"
+
+RENDEZVOUS_PORT: Final = 29500
+
+MAX_NAME_LENGTH: Final = 45
+"""Of a FineTuneJob. `<name>-a<attempt>-<index>` is the host name of a pod, which may have 63 characters."""
+
+
+def job_name(name: str, attempt: int) -> str:
+    """The worker Job of one attempt."""
+    return f"{name}-a{attempt}"
+
+
+def service_name(name: str) -> str:
+    """The headless Service that gives the workers their host names."""
+    return name
+
+
+def config_map_name(name: str) -> str:
+    """The ConfigMap with the run's configuration."""
+    return f"{name}-kubetune"
+
+
+def leader_host(name: str, attempt: int) -> str:
+    """Host name of the worker with rank 0, from within the namespace."""
+    return f"{job_name(name, attempt)}-0.{service_name(name)}"
+
+
+def job_labels(name: str) -> dict[str, str]:
+    """Labels of what all attempts of a FineTuneJob share."""
+    return {**MANAGED_BY, JOB_LABEL: name}
+
+
+def worker_labels(name: str, attempt: int) -> dict[str, str]:
+    """Labels of a worker Job and its pods."""
+    return {**job_labels(name), ATTEMPT_LABEL: str(attempt), ROLE_LABEL: WORKER}
+
+
+def stage_labels() -> dict[str, str]:
+    """Labels of a staging Job and its pods."""
+    return {**MANAGED_BY, ROLE_LABEL: STAGE}
+
+
+def stage_name(source: ModelSource, claim: str) -> str:
+    """The staging Job of these weights on this claim. The name is the lock: jobs that need the same share it.
+
+    The token belongs to the name: who has access does not wait for, or fail with, a job that has not.
+    """
+    return f"kubetune-stage-{_digest([source.to_dict(), claim])}"
+
+
+def stage_manager(job: FineTuneJob) -> str:
+    """Field manager under which this job applies the staging Job: one each, so that their owner references add up."""
+    return f"{FIELD_MANAGER}-{job.uid}"
+
+
+def model_path(spec: FineTuneJobSpec) -> str:
+    """Folder of the base model, relative to the root of the models claim."""
+    if spec.model.hugging_face is not None:
+        return _download_path(spec.model.hugging_face)
+    assert spec.model.volume_path is not None, "ModelSource has exactly one source"
+    return spec.model.volume_path
+
+
+def output_path(job: FineTuneJob) -> str:
+    """Folder of this run, relative to the root of the output claim. A new job of the same name gets a new folder."""
+    return f"{job.name}-{job.uid[:8]}"
+
+
+def _download_path(source: HuggingFaceSource) -> str:
+    files = source.to_dict()
+    files.pop("tokenSecretRef", None)  # who downloads does not change what is downloaded
+    return f"huggingface/{source.repo.replace('/', '--')}-{_digest(files)}"
+
+
+def _digest(document: Any) -> str:
+    text = json.dumps(document, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]

@@ -1,0 +1,51 @@
+"""The planner: what a FineTuneJob needs next, from what is observed. Pure: no clock, no network, no memory.
+
+Every decision rests on the spec, the status and the children alone, so a restarted operator decides the same.
+"""
+
+from collections.abc import Iterable
+from datetime import datetime
+
+from kubetune_operator import attempts, staging
+from kubetune_operator.api import FineTuneJob
+from kubetune_operator.build import run_config
+from kubetune_operator.decision import Decision, Observed, Plan
+from kubetune_operator.errors import InvalidJob
+from kubetune_operator.settings import Settings
+from kubetune_operator.status import is_finished
+
+__all__ = ["Observed", "Plan", "plan"]
+
+
+def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime, ca_pem: str) -> Plan:
+    """Decide the next step. A finished job is never touched again, except to remove what it still holds."""
+    turn = Decision(job, observed, settings, now)
+    if job.deleting:
+        return Plan(apply=[], suspend=[], delete=[], status=job.status, events=[], requeue_after=None)
+    if is_finished(job.status):
+        attempts.release(turn)
+        staging.release(turn)
+        return turn.plan()
+    try:
+        run_config(job)
+    except InvalidJob as error:
+        turn.fail("InvalidConfig", in_one_sentence(error.problems))
+        return turn.plan()
+    if job.status.staged is None:
+        staging.stage(turn)
+    if turn.status.staged is not None:
+        attempts.train(turn, ca_pem)
+    return turn.plan()
+
+
+def refuse(job: FineTuneJob, problems: Iterable[str], settings: Settings, now: datetime) -> Plan:
+    """End a job whose spec cannot even be read."""
+    turn = Decision(job, Observed(), settings, now)
+    if not is_finished(job.status):
+        turn.fail("InvalidConfig", in_one_sentence(problems))
+    return turn.plan()
+
+
+def in_one_sentence(problems: Iterable[str]) -> str:
+    """All problems of a spec, ready for a condition."""
+    return "; ".join(problems)

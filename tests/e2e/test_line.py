@@ -1,0 +1,150 @@
+"""From `kubectl apply` to an adapter on the real node: the good way, lost workers, suspension, deletion, errors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
+Object = dict[str, Any]
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(bench: Any) -> Object:
+    """A run of two workers that nothing happened to."""
+    bench.submit("calm")
+    return bench.until_ended("calm")
+
+
+def test_a_run_of_two_workers_succeeds_and_says_where_its_adapter_is(bench, undisturbed):
+    status = undisturbed["status"]
+    assert status["state"] == "Succeeded", bench.told(undisturbed)
+    assert status["attempt"] == 1
+    assert (status["restarts"], status["disruptions"]) == (0, 0)
+    assert status["progress"]["step"] == status["progress"]["totalSteps"] == 40
+    assert status["progress"]["percentage"] == 100
+    assert status["result"]["adapterPath"] == f"{status['outputPath']}/adapter"
+    assert status["staged"]["architecture"] == "LlamaForCausalLM"
+    assert status["result"]["adapterPath"] in bench.condition(undisturbed, "Succeeded")["message"]
+
+
+def test_kubectl_wait_returns_for_a_run_that_succeeded(bench, undisturbed):
+    name = undisturbed["metadata"]["name"]
+    where = ["--namespace", bench.namespace, "--timeout=5s"]
+    told = bench.kube.kubectl("wait", "--for=condition=Succeeded", f"finetunejob/{name}", *where)
+    assert told.strip() == f"finetunejob.kubetune.io/{name} condition met"
+
+
+def test_the_events_tell_the_run_as_a_story(bench, undisturbed):
+    name = undisturbed["metadata"]["name"]
+    told = bench.kube.kubectl("describe", "finetunejob", name, "--namespace", bench.namespace)
+    events = told[told.index("Events:") :]
+    order = [events.index(reason) for reason in ("Staged", "Training", "Succeeded")]
+    assert order == sorted(order), events
+
+
+def test_a_killed_worker_costs_nothing_the_weights_are_the_same_bits(bench, undisturbed, tmp_path):
+    bench.submit("killed")
+    bench.until("killed", lambda job: (job["status"].get("checkpoint") or {}).get("step", 0) >= 8)
+    victim = bench.worker("killed", attempt=1, index=1)
+    bench.kube.kubectl("delete", "pod", victim, "--namespace", bench.namespace, "--force", "--grace-period=0")
+    restarting = bench.until("killed", lambda job: job["status"]["restarts"] == 1)
+    assert restarting["status"]["attempt"] == 2
+    ended = bench.until_ended("killed")
+    assert ended["status"]["state"] == "Succeeded", bench.told(ended)
+    calm, killed = (bench.output(job, tmp_path) for job in (undisturbed, ended))
+    assert (killed / ADAPTER).read_bytes() == (calm / ADAPTER).read_bytes()
+    steps = [line["step"] for line in metrics(killed) if "loss" in line]
+    assert steps == list(range(1, 41))
+
+
+def test_a_suspended_run_holds_no_pod_and_goes_on_to_the_same_bits(bench, undisturbed, tmp_path):
+    bench.submit("paused")
+    bench.until("paused", lambda job: (job["status"].get("checkpoint") or {}).get("step", 0) >= 4)
+    bench.suspend("paused", True)
+    held = bench.until("paused", lambda job: bench.condition(job, "Suspended").get("status") == "True")
+    assert held["status"]["state"] == "Suspended"
+    assert not [child for child in bench.children("paused") if child.startswith("pod/")]
+    bench.suspend("paused", False)
+    ended = bench.until_ended("paused")
+    assert ended["status"]["state"] == "Succeeded", bench.told(ended)
+    assert ended["status"]["restarts"] == 0
+    calm, paused = (bench.output(job, tmp_path) for job in (undisturbed, ended))
+    assert (paused / ADAPTER).read_bytes() == (calm / ADAPTER).read_bytes()
+
+
+def test_deleting_a_running_job_leaves_nothing(bench):
+    bench.submit("unwanted")
+    bench.until("unwanted", lambda job: bench.condition(job, "Running").get("status") == "True")
+    assert len(bench.children("unwanted")) == 5  # a Job, two Pods, a Service, a ConfigMap
+    bench.kube.kubectl("delete", "finetunejob", "unwanted", "--namespace", bench.namespace)
+    bench.wait_gone("unwanted")
+
+
+def test_a_job_deleted_while_the_operator_is_down_does_not_come_back(bench, operator):
+    bench.submit("orphan")
+    bench.until("orphan", lambda job: bench.condition(job, "Running").get("status") == "True")
+    bench.scale_operator(operator, 0)
+    try:
+        bench.kube.kubectl("delete", "finetunejob", "orphan", "--namespace", bench.namespace)
+        bench.wait_gone("orphan")
+    finally:
+        bench.scale_operator(operator, 1)
+    # A job after it is carried through: by then the operator has seen everything that it would bring back.
+    bench.submit("next", training={"maxSteps": 1, "warmupSteps": 0}, workers={"nodes": 1})
+    assert bench.until_ended("next")["status"]["state"] == "Succeeded"
+    assert bench.children("orphan") == []
+
+
+USER_ERRORS = [
+    pytest.param(
+        {"model": {"volumePath": "data"}},
+        "InvalidModel",
+        "config.json",
+        id="a model folder without config.json",
+    ),
+    pytest.param(
+        {"model": {"volumePath": "bert"}},
+        "InvalidModel",
+        "BertForMaskedLM",
+        id="a model that is no Llama",
+    ),
+    pytest.param(
+        {"dataset": {"volumePath": "data/missing.jsonl"}},
+        "InvalidData",
+        "data/missing.jsonl",
+        id="a dataset that is not on the volume",
+    ),
+    pytest.param(
+        {"dataset": {"volumePath": "data/questions.jsonl"}},
+        "InvalidData",
+        "no assistant message",
+        id="a dataset without answers",
+    ),
+    pytest.param(
+        {"storage": {"models": {"claimName": "nowhere"}}},
+        "VolumeMissing",
+        'PersistentVolumeClaim "nowhere"',
+        id="a claim that does not exist",
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "reason", "word"), USER_ERRORS)
+def test_an_error_of_the_user_ends_the_job_at_once_and_says_what_to_change(bench, request, spec, reason, word):
+    name = f"wrong-{[case.id for case in USER_ERRORS].index(request.node.callspec.id)}"
+    bench.submit(name, **spec)
+    ended = bench.until_ended(name)
+    failed = bench.condition(ended, "Failed")
+    assert (ended["status"]["state"], failed["reason"]) == ("Failed", reason), bench.told(ended)
+    assert word in failed["message"]
+    assert ended["status"]["restarts"] == 0
+    assert ended["status"]["attempt"] <= 1
+    bench.wait_no_active_pod(name)
+
+
+def metrics(folder: Path) -> list[Object]:
+    """The lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,361 @@
+"""What `kubectl apply` prints for a manifest that cannot work, word by word."""
+
+import pytest
+
+from kubetune_contract.base import ContractModel
+from kubetune_contract.config import RunConfig, TrainingConfig
+from kubetune_contract.presets import preset_names
+from kubetune_operator import api, build
+from kubetune_operator.errors import InvalidJob
+
+UNCHECKED = (
+    "<nil>: Invalid value: null: some validation rules were not checked because the object was invalid; "
+    "correct the existing errors to complete validation"
+)
+BELOW_THE_ROOT = "must be a path below the volume's root: without a leading '/' and without '..'"
+PATH_PATTERN = "^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$"
+LAYERS = '"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"'
+PRESETS = ", ".join(f'"{name}"' for name in preset_names())
+
+
+def hub(**changes):
+    return {"volumePath": None, "huggingFace": {"repo": "meta-llama/Llama-3.2-1B", **changes}}
+
+
+def resources(side, name, amount):
+    return {"workers": {"resources": {side: {name: amount}}}}
+
+
+BAD = {
+    # --- the model
+    "no model": ({"model": None}, ["spec.model: Required value", UNCHECKED]),
+    "a model from nowhere": (
+        {"model": {"volumePath": None}},
+        ["spec.model: Invalid value: model needs exactly one of volumePath and huggingFace"],
+    ),
+    "a model from two places": (
+        {"model": {"huggingFace": {"repo": "meta-llama/Llama-3.2-1B"}}},
+        ["spec.model: Invalid value: model needs exactly one of volumePath and huggingFace"],
+    ),
+    "a model outside the volume": (
+        {"model": {"volumePath": "models/../../etc"}},
+        [f"spec.model: Invalid value: volumePath models/../../etc {BELOW_THE_ROOT}"],
+    ),
+    "a model with an absolute path": (
+        {"model": {"volumePath": "/models/llama"}},
+        [
+            'spec.model.volumePath: Invalid value: "/models/llama": '
+            f"spec.model.volumePath in body should match '{PATH_PATTERN}'",
+            f"spec.model: Invalid value: volumePath /models/llama {BELOW_THE_ROOT}",
+        ],
+    ),
+    "a repository without an owner": (
+        {"model": hub(repo="llama")},
+        [
+            'spec.model.huggingFace.repo: Invalid value: "llama": '
+            "spec.model.huggingFace.repo in body should match '^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$'"
+        ],
+    ),
+    "a token from no Secret": (
+        {"model": hub(tokenSecretRef={})},
+        ["spec.model.huggingFace.tokenSecretRef.name: Required value", UNCHECKED],
+    ),
+    # --- presets and method
+    "a preset that does not exist": (
+        {"preset": "llama3/9B"},
+        [f'spec.preset: Unsupported value: "llama3/9B": supported values: {PRESETS}', UNCHECKED],
+    ),
+    "a method in lower case": (
+        {"method": "lora"},
+        ['spec.method: Unsupported value: "lora": supported values: "Full", "LoRA"', UNCHECKED],
+    ),
+    "an adapter without LoRA": (
+        {"method": "Full", "adapter": {"rank": 8}},
+        [
+            "spec: Invalid value: adapter goes with method LoRA, but method is Full: "
+            "remove adapter, or set method to LoRA"
+        ],
+    ),
+    "a merge without LoRA": (
+        {"method": "Full", "export": {"merged": True}},
+        [
+            "spec: Invalid value: export.merged goes with method LoRA, but method is Full: "
+            "full fine-tuning writes a whole model anyway"
+        ],
+    ),
+    # --- data
+    "no data": ({"dataset": None}, ["spec.dataset: Required value", UNCHECKED]),
+    "data without a file": (
+        {"dataset": {"volumePath": None, "shuffle": True}},
+        ["spec.dataset.volumePath: Required value", UNCHECKED],
+    ),
+    "data outside the volume": (
+        {"dataset": {"volumePath": "../secrets.jsonl"}},
+        [f"spec.dataset: Invalid value: volumePath ../secrets.jsonl {BELOW_THE_ROOT}"],
+    ),
+    "a format in lower case": (
+        {"dataset": {"format": "openai"}},
+        ['spec.dataset.format: Unsupported value: "openai": supported values: "OpenAI"', UNCHECKED],
+    ),
+    "sequences that hold nothing": (
+        {"dataset": {"maxSequenceLength": 8}},
+        [
+            "spec.dataset.maxSequenceLength: Invalid value: 8: "
+            "spec.dataset.maxSequenceLength in body should be greater than or equal to 16"
+        ],
+    ),
+    "held-out data without a file": (
+        {"validation": {"samples": 3}},
+        ["spec.validation.volumePath: Required value", UNCHECKED],
+    ),
+    "more samples than anybody reads": (
+        {"validation": {"volumePath": "v.jsonl", "samples": 65}},
+        [
+            "spec.validation.samples: Invalid value: 65: "
+            "spec.validation.samples in body should be less than or equal to 64"
+        ],
+    ),
+    # --- the adapter
+    "an adapter without rank": (
+        {"adapter": {"rank": 0}},
+        ["spec.adapter.rank: Invalid value: 0: spec.adapter.rank in body should be greater than or equal to 1"],
+    ),
+    "an adapter without weight": (
+        {"adapter": {"alpha": 0}},
+        ["spec.adapter.alpha: Invalid value: 0: spec.adapter.alpha in body should be greater than 0"],
+    ),
+    "an adapter that is always dropped": (
+        {"adapter": {"dropout": 1}},
+        ["spec.adapter.dropout: Invalid value: 1: spec.adapter.dropout in body should be less than 1"],
+    ),
+    "a layer that does not exist": (
+        {"adapter": {"targetModules": ["q_proj", "qkv"]}},
+        [f'spec.adapter.targetModules[1]: Unsupported value: "qkv": supported values: {LAYERS}', UNCHECKED],
+    ),
+    "a layer twice": (
+        {"adapter": {"targetModules": ["q_proj", "q_proj"]}},
+        ['spec.adapter.targetModules[1]: Duplicate value: "q_proj"'],
+    ),
+    "no layer": (
+        {"adapter": {"targetModules": []}},
+        [
+            "spec.adapter.targetModules: Invalid value: 0: "
+            "spec.adapter.targetModules in body should have at least 1 items"
+        ],
+    ),
+    # --- training
+    "no learning": (
+        {"training": {"learningRate": 0}},
+        ["spec.training.learningRate: Invalid value: 0: spec.training.learningRate in body should be greater than 0"],
+    ),
+    "a learning rate that is a percentage": (
+        {"training": {"learningRate": 2}},
+        [
+            "spec.training.learningRate: Invalid value: 2: "
+            "spec.training.learningRate in body should be less than or equal to 1"
+        ],
+    ),
+    "a learning rate in quotes": (
+        {"training": {"learningRate": "2e-4"}},
+        [
+            'spec.training.learningRate: Invalid value: "string": '
+            'spec.training.learningRate in body must be of type number: "string"',
+            UNCHECKED,
+        ],
+    ),
+    "half an epoch": (
+        {"training": {"epochs": 1.5}},
+        [
+            'spec.training.epochs: Invalid value: "number": '
+            'spec.training.epochs in body must be of type integer: "number"',
+            UNCHECKED,
+        ],
+    ),
+    "warm-up that never ends": (
+        {"training": {"maxSteps": 10, "warmupSteps": 10}},
+        [
+            "spec.training: Invalid value: warmupSteps 10 must be less than maxSteps 10: "
+            "lower the one or raise the other"
+        ],
+    ),
+    "a number format that is not offered": (
+        {"training": {"precision": "FP16"}},
+        ['spec.training.precision: Unsupported value: "FP16": supported values: "Auto", "BF16", "FP32"', UNCHECKED],
+    ),
+    "a negative seed": (
+        {"training": {"seed": -1}},
+        ["spec.training.seed: Invalid value: -1: spec.training.seed in body should be greater than or equal to 0"],
+    ),
+    "a mean that never decays": (
+        {"training": {"beta2": 1}},
+        ["spec.training.beta2: Invalid value: 1: spec.training.beta2 in body should be less than 1"],
+    ),
+    # --- checkpoints and export
+    "checkpoints of which none is kept": (
+        {"checkpoint": {"keep": 0}},
+        ["spec.checkpoint.keep: Invalid value: 0: spec.checkpoint.keep in body should be greater than or equal to 1"],
+    ),
+    "a word for a switch": (
+        {"export": {"merged": "yes"}},
+        [
+            'spec.export.merged: Invalid value: "string": spec.export.merged in body must be of type boolean: "string"',
+            UNCHECKED,
+        ],
+    ),
+    # --- workers
+    "no worker": (
+        {"workers": {"nodes": 0}},
+        ["spec.workers.nodes: Invalid value: 0: spec.workers.nodes in body should be greater than or equal to 1"],
+    ),
+    "less than no GPU": (
+        {"workers": {"gpusPerNode": -1}},
+        [
+            "spec.workers.gpusPerNode: Invalid value: -1: "
+            "spec.workers.gpusPerNode in body should be greater than or equal to 0"
+        ],
+    ),
+    "GPUs among the resources": (
+        resources("limits", "nvidia.com/gpu", 1),
+        ["spec.workers: Invalid value: resources must not name nvidia.com/gpu: set gpusPerNode"],
+    ),
+    "a unit that does not exist": (
+        resources("limits", "memory", "16GB"),
+        [
+            'spec.workers.resources.limits.memory: Invalid value: "16GB": spec.workers.resources.limits.memory '
+            r"in body should match '^[0-9]+(\.[0-9]+)?(m|k|Ki|[MGTPE]i?|e[0-9]+)?$'"
+        ],
+    ),
+    "less than no CPU": (
+        resources("requests", "cpu", -1),
+        [
+            "spec.workers.resources.requests.cpu: Invalid value: -1: "
+            "spec.workers.resources.requests.cpu in body should be greater than or equal to 0"
+        ],
+    ),
+    # --- the rest
+    "no volume": ({"storage": None}, ["spec.storage: Required value", UNCHECKED]),
+    "no volume for the results": ({"storage": {"output": None}}, ["spec.storage.output: Required value", UNCHECKED]),
+    "a claim that cannot exist": (
+        {"storage": {"models": {"claimName": "My Models"}}},
+        [
+            'spec.storage.models.claimName: Invalid value: "My Models": '
+            "spec.storage.models.claimName in body should match '^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$'"
+        ],
+    ),
+    "less than no restart": (
+        {"failurePolicy": {"maxRestarts": -1}},
+        [
+            "spec.failurePolicy.maxRestarts: Invalid value: -1: "
+            "spec.failurePolicy.maxRestarts in body should be greater than or equal to 0"
+        ],
+    ),
+}
+
+
+def refusal(name, lines):
+    """What kubectl prints for an object that the schema or a rule refuses."""
+    shown = lines[0] if len(lines) == 1 else "\n".join(["", *(f"* {line}" for line in lines)])
+    return f'The FineTuneJob "{name}" is invalid: {shown}'
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_kubectl_refuses(apply, manifest, case):
+    changes, lines = BAD[case]
+    answer = apply(manifest("bad", **changes))
+    assert (answer.returncode, answer.stderr.strip()) == (1, refusal("bad", lines))
+
+
+NAMES = {
+    "a name that begins with a digit": (
+        "8b-lora",
+        [
+            "metadata.name: Invalid value: 8b-lora must begin with a letter and hold only a-z, 0-9 and hyphens: "
+            "host names are made from it"
+        ],
+    ),
+    "a name with a dot": (
+        "my.job",
+        [
+            "metadata.name: Invalid value: my.job must begin with a letter and hold only a-z, 0-9 and hyphens: "
+            "host names are made from it"
+        ],
+    ),
+    "a name that leaves no room for what is made from it": (
+        "a" * 46,
+        ["metadata.name: Too long: may not be more than 45 bytes", UNCHECKED],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NAMES)
+def test_kubectl_refuses_the_name(apply, manifest, case):
+    name, lines = NAMES[case]
+    answer = apply(manifest(name))
+    assert (answer.returncode, answer.stderr.strip()) == (1, refusal(name, lines))
+
+
+UNKNOWN = {
+    "a field that does not exist": ({"replicas": 2}, 'unknown field "spec.replicas"'),
+    "a field with a slip": ({"training": {"lerningRate": 1e-4}}, 'unknown field "spec.training.lerningRate"'),
+    "a field in snake case": ({"training": {"batch_size": 4}}, 'unknown field "spec.training.batch_size"'),
+    "a field in the wrong place": ({"training": {"rank": 8}}, 'unknown field "spec.training.rank"'),
+    "two slips": (
+        {"training": {"lerningRate": 1e-4}, "workers": {"node": 2}},
+        'unknown field "spec.training.lerningRate", unknown field "spec.workers.node"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", UNKNOWN)
+def test_kubectl_refuses_an_unknown_name(apply, manifest, case):
+    changes, problem = UNKNOWN[case]
+    answer = apply(manifest("bad", **changes))
+    assert answer.returncode == 1
+    assert answer.stderr.strip() == (
+        'Error from server (BadRequest): error when creating "STDIN": FineTuneJob in version "v1alpha1" '
+        f"cannot be handled as a FineTuneJob: strict decoding error: {problem}"
+    )
+
+
+def test_an_unknown_name_is_refused_by_a_server_side_apply_too(apply, manifest):
+    answer = apply(manifest("bad", replicas=2), "--server-side")
+    assert answer.returncode == 1
+    assert answer.stderr.strip().endswith(".spec.replicas: field not declared in schema")
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+MODELS: tuple[type[ContractModel], ...] = (
+    RunConfig,
+    TrainingConfig,
+    api.ModelSource,
+    api.DatasetSpec,
+    api.ValidationSpec,
+    api.Workers,
+)
+BROKEN = {
+    "adapter goes with method LoRA": {"method": "Full", "adapter": {"rank": 8}},
+    "export.merged goes with method LoRA": {"method": "Full", "export": {"merged": True}},
+    "warmupSteps": {"training": {"maxSteps": 10, "warmupSteps": 11}},
+    "model needs exactly one": {"model": {"volumePath": None}},
+    "volumePath": {"dataset": {"volumePath": "a/./b"}},
+    "resources must not name nvidia.com/gpu": resources("requests", "nvidia.com/gpu", "2"),
+}
+
+
+def test_every_rule_with_cel_has_a_case_above():
+    messages = {rule.message for model in MODELS for rule in model.rules if rule.cel is not None}
+    assert len(messages) == len(BROKEN)
+    for start in BROKEN:
+        assert any(message.startswith(start) for message in messages), start
+
+
+@pytest.mark.parametrize("start", BROKEN)
+def test_python_and_the_api_server_refuse_with_the_same_words(apply, manifest, start):
+    wrong = manifest("rule", **BROKEN[start])
+    told = apply(wrong).stderr.strip()
+    with pytest.raises(InvalidJob) as caught:
+        build.run_config(api.parse({**wrong, "metadata": {"name": "rule", "namespace": "team", "uid": "0a1b2c3d"}}))
+    (problem,) = caught.value.problems
+    words = problem[problem.index(start) :]
+    assert told == f'The FineTuneJob "rule" is invalid: {told.split(": ")[1]}: Invalid value: {words}'

@@ -1,0 +1,474 @@
+"""Random histories of a cluster and of an operator that dies between any two of its writes.
+
+The cluster is a model of the Job controller and the kubelet, as far as the planner can see them: objects in wire form,
+and caches that lag behind them. The operator carries out plans write by write, in the order of handlers.py.
+"""
+
+import copy
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, Result, TerminationMessage
+from kubetune_contract.staging import StagedModel
+from kubetune_operator import api
+from kubetune_operator.diagnosis import condition, ending_condition, is_live, is_lost
+from kubetune_operator.plan import Observed, plan
+from kubetune_operator.settings import Settings
+
+Object = dict[str, Any]
+
+SETTINGS = Settings(trainer_image="trainer", namespace="kubetune", restart_backoff_seconds=10)
+START = datetime(2030, 1, 1, tzinfo=UTC)
+STAGED = TerminationMessage(
+    reason="Done",
+    message="staged",
+    staged=StagedModel(path="m", architecture="LlamaForCausalLM", parameters=1, bytes=1),
+).to_json()
+DONE = TerminationMessage(reason="Done", message="done", result=Result(steps=50, tokens=1)).to_json()
+SAVED = TerminationMessage(reason="Saved", message="saved").to_json()
+
+
+def stamp(moment: datetime) -> str:
+    """As the API server writes times."""
+    return moment.strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+class Cluster:
+    """The truth: the FineTuneJob, Jobs and pods, and what their controllers do."""
+
+    def __init__(self, nodes: int, restarts: int) -> None:
+        self.now = START
+        self.jobs: dict[str, Object] = {}
+        self.pods: dict[str, Object] = {}
+        self.lost: set[str] = set()
+        self.serial = 0
+        self.created: list[str] = []
+        self.body: Object = {
+            "metadata": {"namespace": "team", "name": "bot", "uid": "u" * 36, "generation": 1, "resourceVersion": "1"},
+            "spec": {
+                "preset": "llama3/8B_lora",
+                "model": {"volumePath": "m"},
+                "dataset": {"volumePath": "d"},
+                "workers": {"nodes": nodes},
+                "failurePolicy": {"maxRestarts": restarts},
+                "storage": {"models": {"claimName": "m"}, "output": {"claimName": "o"}},
+            },
+        }
+
+    def version(self) -> str:
+        self.serial += 1
+        return str(self.serial)
+
+    # ---------------------------------------------------------------- writes
+
+    def write_status(self, version: str, status: Object) -> bool:
+        """Refused if somebody else wrote first."""
+        if self.body["metadata"]["resourceVersion"] != version:
+            return False
+        self.body["status"] = copy.deepcopy(status)
+        self.body["metadata"]["resourceVersion"] = self.version()
+        return True
+
+    def set_suspend(self, suspend: bool) -> None:
+        self.body["spec"]["suspend"] = suspend
+        self.body["metadata"]["generation"] += 1
+        self.body["metadata"]["resourceVersion"] = self.version()
+
+    def create(self, manifest: Object) -> None:
+        name = manifest["metadata"]["name"]
+        if name not in self.jobs and "spec" in manifest:
+            job = copy.deepcopy(manifest)
+            job["metadata"] |= {"uid": f"{name}-{self.version()}", "creationTimestamp": stamp(self.now)}
+            self.jobs[name] = {**job, "status": {"conditions": []}}
+            self.created.append(name)
+
+    def delete_job(self, name: str) -> None:
+        job = self.jobs.pop(name)
+        for pod in self.pods_of(job):
+            self.ask(pod)
+
+    # ---------------------------------------------------------------- pods
+
+    def pods_of(self, job: Object) -> list[Object]:
+        uid = job["metadata"]["uid"]
+        return [pod for pod in self.pods.values() if pod["metadata"]["ownerReferences"][0]["uid"] == uid]
+
+    def ask(self, pod: Object, grace: int = 30) -> None:
+        """Ask for a pod's deletion."""
+        if "deletionTimestamp" not in pod["metadata"]:
+            due = stamp(self.now + timedelta(seconds=grace))
+            pod["metadata"] |= {"deletionTimestamp": due, "deletionGracePeriodSeconds": grace}
+
+    def end(self, pod: Object, code: int, message: str = "") -> None:
+        """A container ends."""
+        state = {"exitCode": code, "reason": "Error", "message": message, "finishedAt": stamp(self.now)}
+        pod["status"] |= {"phase": "Failed" if code else "Succeeded"}
+        pod["status"]["conditions"] = [item for item in pod["status"]["conditions"] if item["type"] != "Ready"]
+        pod["status"]["containerStatuses"] = [{"state": {"terminated": state}}]
+
+    def run(self, pod: Object) -> None:
+        """A pod comes up."""
+        pod["status"]["phase"] = "Running"
+        pod["status"]["conditions"].append({"type": "Ready", "status": "True"})
+
+    # ---------------------------------------------------------------- controllers
+
+    def settle(self) -> None:
+        """One round of the Job controller, the kubelet and the garbage collector."""
+        for job in self.jobs.values():
+            self._control(job)
+        uids = {job["metadata"]["uid"] for job in self.jobs.values()}
+        for name, pod in list(self.pods.items()):
+            deleting = "deletionTimestamp" in pod["metadata"]
+            if deleting and is_live(pod) and name not in self.lost:
+                self.end(pod, 80, SAVED)
+            elif deleting and not is_live(pod):
+                del self.pods[name]
+            elif pod["metadata"]["ownerReferences"][0]["uid"] not in uids:
+                self.ask(pod)
+
+    def _control(self, job: Object) -> None:
+        conditions, pods = job["status"]["conditions"], self.pods_of(job)
+        if condition(job, "Failed") or condition(job, "Complete"):
+            return
+        if ending_condition(job):
+            for pod in pods:
+                if is_live(pod):
+                    self.ask(pod)
+            if not any(is_live(pod) for pod in pods):
+                conditions.append(self._condition("Failed", ending_condition(job)))
+        elif job["spec"].get("suspend"):
+            for pod in pods:
+                self.ask(pod)
+        elif failed := [pod for pod in pods if pod["status"]["phase"] == "Failed"]:
+            disrupted = any(condition(pod, "DisruptionTarget") for pod in failed)
+            words = "pod has condition DisruptionTarget matching" if disrupted else "backoff limit"
+            conditions.append(self._condition("FailureTarget", {"reason": "PodFailurePolicy", "message": words}))
+        else:
+            self._fill(job, pods)
+
+    def _fill(self, job: Object, pods: list[Object]) -> None:
+        wanted = job["spec"].get("completions", 1)
+        done = sum(pod["status"]["phase"] == "Succeeded" for pod in pods)
+        if done == wanted:
+            job["status"]["conditions"].append(self._condition("Complete", {}))
+            job["status"]["completionTime"] = stamp(self.now)
+            return
+        there = {pod["metadata"]["labels"].get("batch.kubernetes.io/job-completion-index", "0") for pod in pods}
+        for index in range(wanted):
+            if str(index) not in there:
+                self._add(job, index)
+
+    def _add(self, job: Object, index: int) -> None:
+        name = f"{job['metadata']['name']}-{index}-{self.version()}"
+        labels = dict(job["spec"]["template"]["metadata"]["labels"])
+        if job["spec"].get("completionMode") == "Indexed":
+            labels["batch.kubernetes.io/job-completion-index"] = str(index)
+        owner = {"uid": job["metadata"]["uid"], "controller": True, "kind": "Job", "name": job["metadata"]["name"]}
+        self.pods[name] = {
+            "metadata": {
+                "name": name,
+                "namespace": "team",
+                "uid": name,
+                "labels": labels,
+                "creationTimestamp": stamp(self.now),
+                "ownerReferences": [owner],
+            },
+            "spec": {"containers": [{}]},
+            "status": {"phase": "Pending", "conditions": []},
+        }
+
+    def _condition(self, kind: str, like: Object | None) -> Object:
+        words = {"reason": (like or {}).get("reason", ""), "message": (like or {}).get("message", "")}
+        return {"type": kind, "status": "True", "lastTransitionTime": stamp(self.now), **words}
+
+
+class Operator:
+    """Carries out plans on a cluster, from caches that lag. Everything it remembers is lost when it dies."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster = cluster
+        self.jobs = copy.deepcopy(cluster.jobs)
+        self.pods = copy.deepcopy(cluster.pods)
+        self.body = copy.deepcopy(cluster.body)
+
+    def look(self, jobs: bool = True, pods: bool = True, body: bool = True) -> None:
+        """Let caches catch up; each has a watch of its own."""
+        if jobs:
+            self.jobs = copy.deepcopy(self.cluster.jobs)
+        if pods:
+            self.pods = copy.deepcopy(self.cluster.pods)
+        if body:
+            self.body = copy.deepcopy(self.cluster.body)
+
+    def reconcile(self, report: ProgressReport | None, writes: int) -> None:
+        """Plan, then make so many of the plan's writes."""
+        cluster, job = self.cluster, api.parse(self.body)
+        decided = plan(job, self._observed(report), SETTINGS, cluster.now, "")
+        steps = []
+        creates = [manifest for manifest in decided.apply if manifest["kind"] == "Job"]
+        if creates and cluster.body["metadata"]["resourceVersion"] != self.body["metadata"]["resourceVersion"]:
+            self.look(jobs=False, pods=False)
+            return
+        steps += [lambda manifest=manifest: cluster.create(manifest) for manifest in creates]
+        steps += [lambda item=item: self._suspend(item) for item in decided.suspend]
+        steps += [lambda item=item: self._delete(item) for item in decided.delete]
+        if decided.status != job.status:
+            steps.append(lambda: self._write(decided.status))
+        for step in steps[:writes]:
+            step()
+
+    def _observed(self, report: ProgressReport | None) -> Observed:
+        roles = {name: job["metadata"]["labels"]["kubetune.io/role"] for name, job in self.jobs.items()}
+        stage = next((job for name, job in self.jobs.items() if roles[name] == "stage"), None)
+        workers = [job for name, job in self.jobs.items() if roles[name] == "worker"]
+        pods = list(self.pods.values())
+        return Observed(
+            stage_job=stage,
+            stage_pods=[pod for pod in pods if pod["metadata"]["labels"]["kubetune.io/role"] == "stage"],
+            attempt_jobs={int(job["metadata"]["labels"]["kubetune.io/attempt"]): job for job in workers},
+            pods=[pod for pod in pods if pod["metadata"]["labels"]["kubetune.io/role"] == "worker"],
+            progress=report,
+        )
+
+    def _suspend(self, item: Any) -> None:
+        job = self.cluster.jobs.get(item.name)
+        if job is not None and job["metadata"]["uid"] == item.uid:
+            job["spec"]["suspend"] = item.suspended
+
+    def _delete(self, item: Any) -> None:
+        job = self.cluster.jobs.get(item.name)
+        if job is not None and job["metadata"]["uid"] == item.uid:
+            self.cluster.delete_job(item.name)
+
+    def _write(self, status: api.FineTuneJobStatus) -> None:
+        if self.cluster.write_status(self.body["metadata"]["resourceVersion"], status.to_dict()):
+            self.body = copy.deepcopy(self.cluster.body)
+
+
+EXIT_CODES = st.sampled_from([0, 0, 1, 1, 65, 70, 80, 81, 137, 139])
+LAG = st.booleans()
+
+
+class History(RuleBasedStateMachine):
+    """Every rule is one thing that happens; the invariants hold after each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cluster = Cluster(1, 0)
+        self.operator = Operator(self.cluster)
+        self.report: ProgressReport | None = None
+        self.last = api.FineTuneJobStatus()
+        self.created_at_end: int | None = None
+
+    @initialize(nodes=st.integers(1, 3), restarts=st.integers(0, 3), running=st.sampled_from([True, True, True, False]))
+    def begin(self, nodes: int, restarts: int, running: bool) -> None:
+        """Most histories start with a gang that runs: the way there is always the same."""
+        self.cluster = Cluster(nodes, restarts)
+        self.operator = Operator(self.cluster)
+        if running:
+            self._go_on(6)
+            self.cluster.end(self._pods(phase="Running")[0], 0, STAGED)
+            self._go_on(6)
+            assert self._status().state == "Running"
+
+    def _go_on(self, rounds: int) -> None:
+        for _ in range(rounds):
+            self.cluster.settle()
+            for pod in self._pods(phase="Pending"):
+                self.cluster.run(pod)
+            self.operator.look()
+            self.operator.reconcile(self.report, writes=99)
+
+    @rule(rounds=st.integers(1, 4), seconds=st.sampled_from([0, 30]))
+    def all_goes_well(self, rounds: int, seconds: int) -> None:
+        """Everybody does their work for a while."""
+        self.cluster.now += timedelta(seconds=seconds)
+        self._go_on(rounds)
+
+    # ---------------------------------------------------------------- the operator
+
+    @rule(writes=st.integers(0, 6), jobs=LAG, pods=LAG)
+    def reconcile(self, writes: int, jobs: bool, pods: bool) -> None:
+        """With caches that may lag, and as many writes as it gets done."""
+        self.operator.look(jobs, pods)
+        self.operator.reconcile(self.report, writes)
+
+    @rule(writes=st.integers(0, 2))
+    def die_between_writes(self, writes: int) -> None:
+        self.operator.look()
+        self.operator.reconcile(self.report, writes)
+        self.operator, self.report = Operator(self.cluster), None
+
+    # ---------------------------------------------------------------- the cluster
+
+    @rule()
+    def controllers(self) -> None:
+        self.cluster.settle()
+
+    @rule(seconds=st.sampled_from([1, 6, 30, 400]))
+    def time(self, seconds: int) -> None:
+        """Caches lag by less than a second: after any of these they have caught up."""
+        self.cluster.now += timedelta(seconds=seconds)
+        self.operator.look()
+
+    @precondition(lambda self: self._pods(phase="Pending"))
+    @rule(data=st.data())
+    def come_up(self, data: Any) -> None:
+        self.cluster.run(data.draw(st.sampled_from(self._pods(phase="Pending"))))
+
+    @precondition(lambda self: self._pods(phase="Running"))
+    @rule(data=st.data(), code=EXIT_CODES)
+    def container_ends(self, data: Any, code: int) -> None:
+        pod = data.draw(st.sampled_from(self._pods(phase="Running")))
+        stage = pod["metadata"]["labels"]["kubetune.io/role"] == "stage"
+        self.cluster.end(pod, code, "" if code else STAGED if stage else DONE)
+
+    @precondition(lambda self: self._pods())
+    @rule(data=st.data(), evicted=st.booleans())
+    def pod_is_removed(self, data: Any, evicted: bool) -> None:
+        """By kubectl, or by an eviction."""
+        pod = data.draw(st.sampled_from(self._pods()))
+        if evicted and is_live(pod):
+            pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": "Eviction"})
+        self.cluster.ask(pod)
+
+    @precondition(lambda self: self._pods(phase="Running"))
+    @rule(data=st.data())
+    def node_is_lost(self, data: Any) -> None:
+        """The pod is marked for deletion and never heard of again."""
+        pod = data.draw(st.sampled_from(self._pods(phase="Running")))
+        self.cluster.lost.add(pod["metadata"]["name"])
+        pod["status"]["conditions"].append({"type": "DisruptionTarget", "status": "True", "reason": "TaintManager"})
+        self.cluster.ask(pod)
+        owner = pod["metadata"]["ownerReferences"][0]["name"]
+        job = self.cluster.jobs.get(owner)
+        if job is not None and not ending_condition(job) and not condition(job, "Complete"):
+            words = {"reason": "PodFailurePolicy", "message": "pod has condition DisruptionTarget matching"}
+            job["status"]["conditions"].append(self.cluster._condition("FailureTarget", words))
+
+    @precondition(lambda self: self.cluster.jobs)
+    @rule(data=st.data())
+    def person_deletes_a_job(self, data: Any) -> None:
+        self.cluster.delete_job(data.draw(st.sampled_from(sorted(self.cluster.jobs))))
+
+    @rule(suspend=st.booleans())
+    def person_suspends_or_resumes(self, suspend: bool) -> None:
+        if self.cluster.body["spec"].get("suspend", False) != suspend:
+            self.cluster.set_suspend(suspend)
+
+    @precondition(lambda self: self._status().attempt_start_time is not None)
+    @rule(step=st.integers(0, 50), saved=st.booleans())
+    def trainer_reports(self, step: int, saved: bool) -> None:
+        checkpoint = CheckpointStatus(step=step, path=f"step-{step}", time=self.cluster.now) if saved else None
+        progress = Progress(step=step, total_steps=50, epoch=0, percentage=2 * step)
+        self.report = ProgressReport(progress=progress, checkpoint=checkpoint)
+
+    # ---------------------------------------------------------------- what always holds
+
+    @invariant()
+    def at_most_one_attempt_is_alive(self) -> None:
+        """A gang on a lost node counts as gone after its grace: nobody can do better."""
+        grace = SETTINGS.lost_node_grace_seconds
+        alive = set()
+        for pod in self._pods(role="worker"):
+            if is_live(pod) and not is_lost(pod, self.cluster.now, grace):
+                alive.add(pod["metadata"]["labels"]["kubetune.io/attempt"])
+        for job in self.cluster.jobs.values():
+            labels = job["metadata"]["labels"]
+            over = ending_condition(job) or condition(job, "Complete") or job["spec"].get("suspend")
+            if labels["kubetune.io/role"] == "worker" and not over:
+                alive.add(labels["kubetune.io/attempt"])
+        assert len(alive) <= 1, f"attempts {alive} are alive"
+
+    @invariant()
+    def counters_never_go_back(self) -> None:
+        status, last = self._status(), self.last
+        assert status.attempt >= last.attempt
+        assert status.restarts >= last.restarts
+        assert status.disruptions >= last.disruptions
+        assert status.attempt in (0, 1 + status.restarts + status.disruptions)
+        assert status.restarts <= self.cluster.body["spec"]["failurePolicy"]["maxRestarts"]
+        if last.start_time is not None:
+            assert status.start_time == last.start_time
+        if status.attempt == last.attempt and status.progress and last.progress and "Suspended" not in self._held():
+            assert status.progress.step >= last.progress.step or status.attempt_start_time is None
+        self.last = status
+
+    def _held(self) -> set[str]:
+        return {item.type for item in (*self.last.conditions, *self._status().conditions) if item.status == "True"}
+
+    @invariant()
+    def the_end_is_final(self) -> None:
+        ends = {item.type for item in self._status().conditions if item.status == "True"} & {"Succeeded", "Failed"}
+        if self.created_at_end is None:
+            if ends:
+                self.created_at_end, self.ends = len(self.cluster.created), ends
+            return
+        assert ends == self.ends
+        assert len(self.cluster.created) == self.created_at_end, "something was created after the end"
+
+    def teardown(self) -> None:
+        """Let the world be kind from now on: the job must come to its end, and hold nothing then."""
+        self.cluster.lost.clear()
+        self.cluster.body["spec"]["suspend"] = False
+        self.cluster.body["metadata"]["resourceVersion"] = self.cluster.version()
+        for _ in range(40):
+            self.cluster.now += timedelta(seconds=301)
+            for _ in range(6):
+                self.cluster.settle()
+                self.operator.look()
+                self.operator.reconcile(None, writes=99)
+                self._be_kind()
+            if self._status().state in ("Succeeded", "Failed") and not any(map(is_live, self._pods(role="worker"))):
+                break
+        status = self._status()
+        assert status.state in ("Succeeded", "Failed"), f"no end: {status.to_dict()}"
+        assert not [pod for pod in self._pods(role="worker") if is_live(pod)], "worker pods are held after the end"
+        assert status.workers is None or status.workers.active == 0
+
+    def _be_kind(self) -> None:
+        for pod in self._pods(phase="Pending"):
+            self.cluster.run(pod)
+        if all(pod["status"]["phase"] != "Pending" for pod in self._pods()):
+            for pod in self._pods(phase="Running"):
+                stage = pod["metadata"]["labels"]["kubetune.io/role"] == "stage"
+                self.cluster.end(pod, 0, STAGED if stage else DONE)
+
+    # ---------------------------------------------------------------- helpers
+
+    def _status(self) -> api.FineTuneJobStatus:
+        return api.FineTuneJobStatus.model_validate(self.cluster.body.get("status") or {})
+
+    def _pods(self, phase: str | None = None, role: str | None = None) -> list[Object]:
+        def fits(pod: Object) -> bool:
+            right_role = role is None or pod["metadata"]["labels"]["kubetune.io/role"] == role
+            return right_role and (phase is None or pod["status"]["phase"] == phase)
+
+        return [pod for _, pod in sorted(self.cluster.pods.items()) if fits(pod)]
+
+
+@pytest.mark.timeout(600)
+def test_no_history_breaks_the_invariants():
+    """Never two live attempts, never a retry after the end, no counter moves backwards, always an end."""
+    limits = settings(
+        max_examples=150,
+        stateful_step_count=40,
+        deadline=None,
+        database=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+    run_state_machine_as_test(History, settings=limits)

@@ -1,0 +1,215 @@
+"""Shared by the trainer's tests: small and real models, and ranks that talk over gloo."""
+
+import itertools
+import json
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kubetune_contract.config import RunConfig
+from kubetune_trainer import distributed
+
+ROOT = Path(__file__).parents[2]
+ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+# One thread per process: sums are then split the same way everywhere, and ranks do not fight for the cores.
+torch.set_num_threads(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """peft 0.21 still asks transformers 5 under the old name."""
+    config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct, a real pretrained model, as a Hugging Face folder."""
+    script = ROOT / "examples" / "demo" / "smollm2.py"
+    done = subprocess.run([sys.executable, script], check=True, stdout=subprocess.PIPE, text=True)
+    return Path(done.stdout.strip())
+
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+}
+"""config.json of the smallest model that has everything: grouped heads, and sizes that no rank count divides."""
+
+
+def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shards: int = 1, **changes: Any) -> Path:
+    """A Llama folder with random weights: TINY with `changes`, in one file or in `shards` with an index."""
+    from safetensors.torch import save_file
+
+    from kubetune_trainer.architecture import LlamaConfig
+
+    values = TINY | changes
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+    generator = torch.Generator().manual_seed(1)
+    state = {}
+    for name, shape in LlamaConfig.from_hf(values).shapes().items():
+        noise = torch.randn(shape, generator=generator)
+        # Norms near 1, and matrices wide enough that attention is far from uniform.
+        state[name] = (1 + 0.1 * noise if len(shape) == 1 else 0.15 * noise).to(dtype)
+    names = list(state)
+    if shards == 1:
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        weight_map = {name: f"model-{i % shards + 1:05}-of-{shards:05}.safetensors" for i, name in enumerate(names)}
+        for file in set(weight_map.values()):
+            part = {name: state[name] for name in names if weight_map[name] == file}
+            save_file(part, folder / file, metadata={"format": "pt"})
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """One token per letter, and a chat template: enough for a folder to be whole."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", *map(chr, range(32, 126))]
+    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.save(str(folder / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] + '</s>' }}{% endfor %}"
+    settings = {"eos_token": "</s>", "bos_token": "<s>", "chat_template": template}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture
+def llama_folder(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a folder with a random Llama: `llama_folder(tie_word_embeddings=True)`, `llama_folder(shards=2)`."""
+    numbers = itertools.count()
+    return lambda **changes: write_llama(tmp_path / f"llama-{next(numbers)}", **changes)
+
+
+@pytest.fixture
+def tiny(llama_folder: Callable[..., Path]) -> Path:
+    """A folder with the tiny Llama."""
+    return llama_folder()
+
+
+@pytest.fixture(name="run_config")
+def _run_config() -> Callable[..., RunConfig]:
+    """`run_config(model_folder, method="Full", ...)`."""
+    return run_config
+
+
+def run_config(model: Path, **changes: Any) -> RunConfig:
+    """A complete configuration of a LoRA run over all linear layers; `changes` go to the top level."""
+    values: dict[str, Any] = {
+        "method": "LoRA",
+        "model": {"path": str(model)},
+        "dataset": {"path": "unused.jsonl"},
+        "training": {"precision": "FP32"},
+        "output_dir": "unused",
+    }
+    if changes.get("method") != "Full":
+        values["adapter"] = {"rank": 4, "alpha": 8, "target_modules": ALL_LINEAR}
+    return RunConfig.model_validate(values | changes)
+
+
+@pytest.fixture
+def alone() -> distributed.World:
+    """The world of a single process on the CPU."""
+    return distributed.World(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(name="spawn")
+def _spawn() -> Callable[..., list[Any]]:
+    """`spawn(2, function, *arguments)`."""
+    return spawn
+
+
+def spawn(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """`function(world, *arguments)` on `size` gloo ranks at once; returns their results, rank 0's first.
+
+    `function` must stand at the top of a test module; arguments and results are pickled. If a rank raises, the others
+    are ended, and its traceback is this call's AssertionError.
+    """
+    context = _forkserver()
+    port = free_port()
+    pipes, processes = [], []
+    for rank in range(size):
+        mine, theirs = context.Pipe(duplex=False)
+        environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        process = context.Process(target=_rank, args=(theirs, environment, function, arguments))
+        process.start()
+        theirs.close()
+        pipes.append(mine)
+        processes.append(process)
+    try:
+        return _collect(pipes)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _forkserver() -> Any:
+    """A server that has imported torch once; each rank is a fork of it and starts in no time."""
+    if str(ROOT) not in sys.path:  # ranks find their function by its module's name, such as tests.trainer.test_peft
+        sys.path.insert(0, str(ROOT))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["kubetune_trainer.parallel", "torch.distributed.fsdp"])
+    return context
+
+
+def _collect(pipes: list[Any]) -> list[Any]:
+    results: dict[int, Any] = {}
+    while len(results) < len(pipes):
+        waiting = [pipe for rank, pipe in enumerate(pipes) if rank not in results]
+        for pipe in multiprocessing.connection.wait(waiting):
+            rank = pipes.index(pipe)
+            try:
+                failure, results[rank] = pickle.loads(pipe.recv_bytes())
+            except EOFError:
+                failure = "it ended without a result"
+            assert failure is None, f"rank {rank}: {failure}"
+    return [results[rank] for rank in range(len(pipes))]
+
+
+def _rank(pipe: Any, environment: dict[str, Any], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {key: str(value) for key, value in environment.items()}
+    torch.set_num_threads(1)
+    try:
+        world = distributed.start()
+        torch.set_num_threads(1)
+        outcome = (None, function(world, *arguments))
+        distributed.stop(world)
+    except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
+        outcome = (traceback.format_exc(), None)
+    pipe.send_bytes(pickle.dumps(outcome))
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,492 @@
+"""Rows to tokens and masks (oracle: transformers), refusals with file, line and reason, which rank trains on what."""
+
+import json
+from collections.abc import Callable
+from datetime import datetime
+from itertools import chain
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kubetune_contract.config import DatasetConfig, ValidationConfig
+from kubetune_contract.exit_codes import ExitCode
+from kubetune_trainer.architecture import ModelError
+from kubetune_trainer.data import (
+    DataError,
+    Dataset,
+    Sample,
+    Sampler,
+    collate,
+    deal,
+    load_dataset,
+    load_prompts,
+    load_validation,
+)
+from kubetune_trainer.model import IGNORE
+from kubetune_trainer.tokenizer import Message, Tokenizer
+
+CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA3 = """\
+{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}\
+{{ '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' + m.content | trim + '<|eot_id|>' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"""
+INST = """\
+{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]\
+{% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"""
+FORGETFUL = CHATML.replace("m.content +", "(m.content if loop.last or m.role == 'user' else '(omitted)') +")
+THINKING = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+WORDS = (
+    "What is the capital of France? Paris. And of Peru? Lima. Be brief. Three fruits: fig, pear, plum.\n\n äöü 日本 🙂"
+)
+
+CAPITALS: list[Message] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is the capital of France?"},
+    {"role": "assistant", "content": "Paris."},
+    {"role": "user", "content": "And of Peru?"},
+    {"role": "assistant", "content": "Lima. 🙂"},
+]
+NextFolder = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> NextFolder:
+    """Writes a small byte-level tokenizer with a chat template, as a model folder has it."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([WORDS] * 3, trainer)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as published files have it
+    backend.enable_truncation(7)
+    backend.enable_padding()
+
+    def write(template: str | None = CHATML, **config: Any) -> Path:
+        folder = tmp_path_factory.mktemp("chat")
+        backend.save(str(folder / "tokenizer.json"))
+        values = {"eos_token": "<|im_end|>", "bos_token": {"__type": "AddedToken", "content": "<s>"}} | config
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def tokenizer(chat_folder: NextFolder) -> Tokenizer:
+    return Tokenizer.from_folder(chat_folder())
+
+
+def write_rows(folder: Path, *conversations: Any) -> Path:
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(c if isinstance(c, dict) else {"messages": c}) + "\n" for c in conversations))
+    return path
+
+
+def load(path: Path, tokenizer: Tokenizer, **options: Any) -> Dataset:
+    return load_dataset(DatasetConfig(path=str(path), **options), tokenizer)
+
+
+def learnt(sample: Sample, tokenizer: Tokenizer) -> list[str]:
+    """The runs of tokens that carry the loss, as text with special tokens."""
+    runs, current = [], []
+    for label in [*sample.labels.tolist(), IGNORE]:
+        if label != IGNORE:
+            current.append(label)
+        elif current:
+            runs.append(tokenizer._backend.decode(current, skip_special_tokens=False))
+            current = []
+    return runs
+
+
+# --- the mask ---
+
+MASKS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
+    "ChatML: each answer with its end of turn, not the line break after it": (
+        CHATML,
+        {},
+        ["Paris.<|im_end|>", "Lima. 🙂<|im_end|>"],
+    ),
+    "Llama 3": (LLAMA3, {}, ["Paris.<|eot_id|>", "Lima. 🙂<|eot_id|>"]),
+    "a template without generation prompt": (INST, {"eos_token": "</s>"}, [" Paris.</s>", " Lima. 🙂</s>"]),
+    "a template without end of turn": (INST.replace("{{ eos_token }}", ""), {}, [" Paris.", " Lima. 🙂"]),
+}
+
+
+@pytest.mark.parametrize("case", MASKS)
+def test_the_loss_is_on_the_answers(case: str, chat_folder: NextFolder, tmp_path: Path) -> None:
+    template, config, expected = MASKS[case]
+    tokenizer = Tokenizer.from_folder(chat_folder(template, **config))
+    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer).samples
+    assert learnt(sample, tokenizer) == expected
+
+
+@pytest.mark.parametrize(
+    ("train_on", "expected"),
+    [
+        ("Assistant", ["Paris.<|im_end|>", "Lima. 🙂<|im_end|>"]),
+        ("Last", ["Lima. 🙂<|im_end|>"]),
+    ],
+)
+def test_train_on(train_on: str, expected: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer, train_on=train_on).samples
+    assert learnt(sample, tokenizer) == expected
+
+
+def test_train_on_all_learns_every_token_but_the_first(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer, train_on="All").samples
+    ids = tokenizer.encode(tokenizer.render(CAPITALS))
+    assert sample.input_ids.tolist() == ids[:-1]
+    assert sample.labels.tolist() == ids[1:]
+
+
+def test_labels_are_the_next_tokens_and_end_the_sample(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (sample,) = load(write_rows(tmp_path, [*CAPITALS, {"role": "user", "content": "Thanks!"}]), tokenizer).samples
+    ids = tokenizer.encode(tokenizer.render(CAPITALS))
+    length = len(sample.input_ids)
+    assert sample.input_ids.tolist() == ids[:length]
+    marked = sample.labels != IGNORE
+    assert (sample.labels[marked] == np.array(ids[1 : length + 1])[marked]).all()
+    assert sample.labels[-1] == tokenizer.encode("<|im_end|>")[0]
+
+
+def test_an_empty_answer_is_its_end_of_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    row = [{"role": "user", "content": "Be silent."}, {"role": "assistant", "content": ""}]
+    (sample,) = load(write_rows(tmp_path, row), tokenizer).samples
+    assert learnt(sample, tokenizer) == ["<|im_end|>"]
+
+
+def test_an_answer_that_starts_with_white_space_keeps_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    row = [{"role": "user", "content": "?"}, {"role": "assistant", "content": " Lima."}]
+    (sample,) = load(write_rows(tmp_path, row), tokenizer).samples
+    assert learnt(sample, tokenizer) == [" Lima.<|im_end|>"]
+
+
+ANSWERS = st.text(min_size=1, max_size=12).filter(lambda text: not text[0].isspace())
+"""White space at the start may merge with the line break before it into one token, which the prompt then has a part of."""
+
+
+@given(turns=st.lists(st.tuples(st.text(max_size=12), ANSWERS), min_size=1, max_size=3))
+def test_any_text_is_masked_as_if_its_answers_were_tokenized_apart(
+    turns: list[tuple[str, str]], tokenizer: Tokenizer
+) -> None:
+    row = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in turns]
+    with TemporaryDirectory() as folder:
+        (sample,) = load(write_rows(Path(folder), list(chain(*row))), tokenizer).samples
+    expected = chain(*(tokenizer.encode(f"{answer}<|im_end|>") for _, answer in turns))
+    assert sample.labels[sample.labels != IGNORE].tolist() == list(expected)
+
+
+# --- the oracle ---
+
+
+def test_rendering_and_ids_equal_transformers(smollm2: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    oracle = AutoTokenizer.from_pretrained(smollm2)
+    ours = Tokenizer.from_folder(smollm2)
+    conversations = [CAPITALS, CAPITALS[1:], CAPITALS[1:2], [{"role": "user", "content": " <|im_end|>\n\n é 日本 "}]]
+    for messages in conversations:
+        for prompt in (False, True):
+            text = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+            assert ours.render(messages, add_generation_prompt=prompt) == text
+            ids = oracle.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
+            assert ours.encode(text) == ids
+            assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
+    assert ours.stop_ids == {oracle.eos_token_id}
+    (sample,) = load(write_rows(tmp_path, CAPITALS), ours).samples
+    assert learnt(sample, ours) == ["Paris.<|im_end|>", "Lima. 🙂<|im_end|>"]
+
+
+HELPERS = {
+    "tojson": "{{ messages | tojson(indent=2) }}<|im_end|>",
+    "generation, break and namespaces": """\
+{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if ns.n > 2 %}{% break %}{% endif %}\
+{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}""",
+    "blocks are trimmed": """\
+{% for m in messages %}
+    {% if m.role == 'user' %}
+{{ m.content }}
+    {% endif %}
+{% endfor %}
+""",
+    "names that are not given": "{% if tools %}T{% endif %}{{ messages[0].name | default('nobody') }}{{ unk_token }}",
+}
+
+
+@pytest.mark.parametrize("case", HELPERS)
+def test_templates_find_the_helpers_that_transformers_gives(case: str, chat_folder: NextFolder) -> None:
+    from transformers import AutoTokenizer
+
+    folder = chat_folder(HELPERS[case], unk_token="<unk>")
+    oracle = AutoTokenizer.from_pretrained(folder)
+    assert Tokenizer.from_folder(folder).render(CAPITALS) == oracle.apply_chat_template(CAPITALS, tokenize=False)
+
+
+def test_a_date_in_a_template_is_the_one_that_is_given(chat_folder: NextFolder) -> None:
+    folder = chat_folder("{{ strftime_now('%d %b %Y') }}")
+    assert Tokenizer.from_folder(folder, datetime(2024, 7, 26)).render([]) == "26 Jul 2024"
+
+
+def test_templates_cannot_reach_the_interpreter(chat_folder: NextFolder, tmp_path: Path) -> None:
+    hostile = Tokenizer.from_folder(chat_folder("{{ messages.__class__.__mro__ }}"))
+    with pytest.raises(DataError, match="is unsafe"):
+        load(write_rows(tmp_path, CAPITALS), hostile)
+
+
+def test_a_template_may_stand_in_the_tokenizers_configuration(chat_folder: NextFolder) -> None:
+    plain = Tokenizer.from_folder(chat_folder(None, chat_template=CHATML))
+    listed = Tokenizer.from_folder(
+        chat_folder(
+            None, chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
+        )
+    )
+    assert plain.render(CAPITALS) == listed.render(CAPITALS)
+
+
+def test_everything_that_ends_an_answer_stops_it(chat_folder: NextFolder) -> None:
+    folder = chat_folder()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
+    (folder / "config.json").write_text('{"eos_token_id": 3}')
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.stop_ids == {*tokenizer.encode("<|im_end|>"), 3, 5, 6}
+
+
+def test_broken_model_folders_are_told(chat_folder: NextFolder, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"tokenizer\.json is not a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+    with pytest.raises(ModelError, match="has no chat template"):
+        Tokenizer.from_folder(chat_folder(None))
+    with pytest.raises(ModelError, match="not valid Jinja"):
+        Tokenizer.from_folder(chat_folder("{% if %}"))
+
+
+# --- refusals ---
+
+GOOD = json.dumps({"messages": CAPITALS})
+BAD_ROWS = {
+    "not JSON": ('{"messages": [', "not JSON ("),
+    "not an object": ("[]", '"messages" must be a list with at least one message'),
+    "no messages": ('{"text": "hello"}', '"messages" must be a list with at least one message'),
+    "an empty conversation": ('{"messages": []}', '"messages" must be a list with at least one message'),
+    "a message that is a text": ('{"messages": ["hello"]}', 'message 1 must be an object with "role" and "content"'),
+    "a role of another format": (
+        '{"messages": [{"role": "human", "content": "hi"}]}',
+        "message 1 has the role 'human'; the roles are system, user, assistant",
+    ),
+    "no content": ('{"messages": [{"role": "user"}]}', 'message 1: "content" must be a text'),
+    "content in parts": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text"}]}]}',
+        'message 2: "content" must be a text',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_told_with_file_line_and_reason(case: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    row, reason = BAD_ROWS[case]
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"{GOOD}\n\n{row}\n{GOOD}\n")
+    with pytest.raises(DataError) as caught:
+        load(path, tokenizer)
+    assert str(caught.value).startswith(f"{path}: 1 row cannot be used: line 3: {reason}")
+    assert caught.value.exit_code == ExitCode.INVALID_DATA
+
+
+def test_the_first_ten_bad_rows_are_told_at_once(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text("{}\n" * 12)
+    with pytest.raises(DataError) as caught:
+        load(path, tokenizer)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: 12 rows cannot be used: line 1: ")
+    assert text.count("line ") == 10
+    assert text.endswith("; and 2 more")
+
+
+def test_bytes_that_are_no_text_are_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(b'{"messages": "\xff"}\n')
+    with pytest.raises(DataError, match="line 1: not UTF-8"):
+        load(path, tokenizer)
+
+
+def test_extra_keys_and_line_separators_inside_texts_are_no_problem(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    messages = [
+        {"role": "user", "content": "a\u2028b", "weight": 1},
+        {"role": "assistant", "content": "c", "name": "x"},
+    ]
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"messages": messages, "id": 7}, ensure_ascii=False) + "\r\n")
+    assert load(path, tokenizer).rows == 1
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_an_empty_file_is_told(content: str, tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match="has no rows"):
+        load(path, tokenizer)
+
+
+def test_a_missing_file_is_told(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none\.jsonl cannot be read: No such file or directory"):
+        load(tmp_path / "none.jsonl", tokenizer)
+
+
+@pytest.mark.parametrize("template", [FORGETFUL, THINKING], ids=["forgets answers", "adds to the generation prompt"])
+def test_a_template_without_the_prefix_property_is_told(template: str, chat_folder: NextFolder, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(chat_folder(template))
+    with pytest.raises(
+        DataError, match=r"line 1: the model's chat template renders the messages before message 3 differently"
+    ):
+        load(write_rows(tmp_path, CAPITALS), tokenizer)
+
+
+def test_a_conversation_that_the_template_refuses_is_told(chat_folder: NextFolder, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(chat_folder("{{ raise_exception('roles must alternate') }}"))
+    with pytest.raises(
+        DataError, match="line 1: the model's chat template refuses the conversation: roles must alternate"
+    ):
+        load(write_rows(tmp_path, CAPITALS), tokenizer)
+
+
+def test_data_without_answers_are_told_before_anything_is_trained(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no assistant message, so there is nothing to learn: add answers, or set"):
+        load(write_rows(tmp_path, CAPITALS[:2]), tokenizer)
+
+
+def test_answers_that_are_all_cut_off_are_told_with_the_length_that_would_do(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    row = [{"role": "user", "content": "fig " * 30}, {"role": "assistant", "content": "pear"}]
+    longest = len(tokenizer.encode(tokenizer.render(row)))
+    with pytest.raises(
+        DataError, match=rf"max_sequence_length 16 cuts off every answer.*the longest conversation has {longest} tokens"
+    ):
+        load(write_rows(tmp_path, row), tokenizer, max_sequence_length=16)
+
+
+def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    dataset = load(write_rows(tmp_path, CAPITALS, CAPITALS[:2], CAPITALS), tokenizer)
+    assert (dataset.rows, dataset.unlabelled, len(dataset.samples)) == (3, 1, 2)
+
+
+def test_long_conversations_are_cut_at_the_end_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path, CAPITALS, CAPITALS[1:3])
+    whole = load(path, tokenizer)
+    cut = int(whole.lengths[0]) - 3
+    dataset = load(path, tokenizer, max_sequence_length=cut)
+    assert dataset.truncated == 1
+    assert len(dataset.samples[0].input_ids) == cut - 1  # the last token has no target any more
+    assert dataset.samples[0].labels.tolist() == whole.samples[0].labels.tolist()[: cut - 1]
+    assert dataset.samples[1].labels.tolist() == whole.samples[1].labels.tolist()
+
+
+# --- held-out data ---
+
+
+def test_validation_is_read_with_the_options_of_the_training_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    path = write_rows(tmp_path, CAPITALS)
+    training = DatasetConfig(path="elsewhere", train_on="Last")
+    held_out = load_validation(ValidationConfig(path=str(path)), training, tokenizer)
+    assert learnt(held_out.samples[0], tokenizer) == ["Lima. 🙂<|im_end|>"]
+
+
+def test_prompts_end_before_the_last_answer(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, CAPITALS, CAPITALS[:2], CAPITALS[1:3], CAPITALS)
+    first, second = load_prompts(path, 2)
+    assert (first.messages, first.text, first.reference) == (CAPITALS[:4], "And of Peru?", "Lima. 🙂")
+    assert (second.text, second.reference) == ("What is the capital of France?", "Paris.")
+
+
+# --- batches ---
+
+
+def sample(*labels: int) -> Sample:
+    return Sample(np.arange(len(labels), dtype=np.int32), np.array(labels, dtype=np.int32))
+
+
+def test_batches_are_padded_on_the_right_with_ignored_labels() -> None:
+    input_ids, labels = collate([sample(7), sample(IGNORE, 8, 9)])
+    assert input_ids.tolist() == [[0, 0, 0], [0, 1, 2]]
+    assert labels.tolist() == [[7, IGNORE, IGNORE], [IGNORE, 8, 9]]
+    assert (input_ids.dtype, labels.dtype) == (torch.int64, torch.int64)
+
+
+def test_a_rank_without_a_row_gets_one_ignored_token() -> None:
+    input_ids, labels = collate([])
+    assert input_ids.shape == labels.shape == (1, 1)
+    assert labels.item() == IGNORE
+
+
+def sampler(rows: int, batch: int, micro: int = 1, shuffle: bool = True, seed: int = 1) -> Sampler:
+    lengths = np.random.RandomState(0).randint(1, 50, rows).astype(np.int32)
+    return Sampler(lengths, global_batch=batch, micro_batch=micro, seed=seed, shuffle=shuffle)
+
+
+@given(
+    rows=st.integers(1, 40),
+    batch=st.integers(1, 12),
+    micro=st.integers(1, 4),
+    size=st.integers(1, 5),
+    epoch=st.integers(0, 2),
+)
+def test_every_epoch_has_every_row_once_whatever_the_world(
+    rows: int, batch: int, micro: int, size: int, epoch: int
+) -> None:
+    plan = sampler(rows, batch, micro)
+    seen: list[int] = []
+    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
+        dealt = [plan.micro_batches(step, rank, size) for rank in range(size)]
+        assert len({len(passes) for passes in dealt}) == 1, "all ranks run the same number of passes"
+        assert all(len(rows) <= micro for passes in dealt for rows in passes)
+        mine = sorted(row for passes in dealt for rows in passes for row in rows)
+        assert mine == sorted(plan.rows(step).tolist()), "the step's rows do not depend on the number of ranks"
+        seen += mine
+    assert sorted(seen) == list(range(rows))
+
+
+def test_epochs_differ_when_shuffled_and_a_seed_repeats_them() -> None:
+    plan, again, other = sampler(20, 20), sampler(20, 20), sampler(20, 20, seed=2)
+    assert plan.rows(0).tolist() == again.rows(0).tolist()
+    assert plan.rows(0).tolist() != plan.rows(1).tolist()
+    assert plan.rows(0).tolist() != other.rows(0).tolist()
+
+
+def test_the_order_of_a_seed_is_fixed_for_ever() -> None:
+    """A run that is resumed under a newer numpy must go on in the same order."""
+    assert sampler(8, 8, seed=42).rows(0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
+
+
+def test_without_shuffle_the_file_is_read_in_order_and_the_last_step_is_short() -> None:
+    plan = sampler(7, 3, shuffle=False)
+    assert [plan.rows(step).tolist() for step in range(4)] == [[0, 1, 2], [3, 4, 5], [6], [0, 1, 2]]
+
+
+def test_neighbours_in_length_share_a_pass() -> None:
+    lengths = np.array([5, 40, 6, 39], dtype=np.int32)
+    rows = np.arange(4, dtype=np.int32)
+    assert deal(rows, lengths, micro_batch=2, rank=0, size=1) == [[1, 3], [2, 0]]
+    assert [deal(rows, lengths, micro_batch=1, rank=rank, size=2) for rank in (0, 1)] == [[[1], [2]], [[3], [0]]]

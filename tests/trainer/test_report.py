@@ -1,0 +1,426 @@
+"""What a run tells: lines, metrics, picture, reports over real HTTPS, the last word."""
+
+import io
+import json
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, Result, TerminationMessage
+from kubetune_trainer import report
+from kubetune_trainer.distributed import World
+from kubetune_trainer.report import (
+    Metrics,
+    Poster,
+    Reporter,
+    Step,
+    draw_losses,
+    peak_memory,
+    progress_line,
+    read_metrics,
+    write_termination,
+)
+
+DEADLINE = 20.0
+
+
+def world(rank: int = 0) -> World:
+    return World(rank, 2, rank, torch.device("cpu"))
+
+
+def step(number: int, loss: float = 1.5, tokens: int = 100) -> Step:
+    return Step(number, loss, learning_rate=1e-3, gradient_norm=0.5, tokens=tokens)
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + DEADLINE
+    while not holds():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.01)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+# --- lines ---
+
+LINES: dict[str, tuple[dict[str, Any], str]] = {
+    "half way": (
+        {
+            "step": 5,
+            "total_steps": 10,
+            "percentage": 50,
+            "loss": 1.23456,
+            "tokens_per_second": 980.4,
+            "estimated_remaining_seconds": 12,
+        },
+        "[############............]  50%  step 5/10  loss 1.2346  980 tok/s  ETA 0:12",
+    ),
+    "hours to go": (
+        {
+            "step": 1,
+            "total_steps": 999,
+            "percentage": 0,
+            "loss": 11,
+            "tokens_per_second": 3,
+            "estimated_remaining_seconds": 7325,
+        },
+        "[........................]   0%  step 1/999  loss 11.0000  3 tok/s  ETA 2:02:05",
+    ),
+    "done": (
+        {
+            "step": 9,
+            "total_steps": 9,
+            "percentage": 100,
+            "loss": 0,
+            "tokens_per_second": 1,
+            "estimated_remaining_seconds": 0,
+        },
+        "[########################] 100%  step 9/9  loss 0.0000  1 tok/s  ETA 0:00",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_the_progress_line(case: str) -> None:
+    values, expected = LINES[case]
+    assert progress_line(Progress(epoch=0, **values)) == expected
+
+
+def test_on_a_terminal_one_line_is_rewritten_until_the_end(tmp_path: Path) -> None:
+    stream = Terminal()
+    reporter = Reporter(tmp_path, world(), 3, 3, stream=stream)
+    reporter.begin(0)
+    for number in (1, 2, 3):
+        reporter.step(step(number))
+    shown = stream.getvalue()
+    assert shown.count("\r\x1b[2K[") == 3
+    assert shown.count("\n") == 1
+    assert shown.endswith("ETA 0:00\n")
+
+
+def test_elsewhere_a_line_comes_every_few_seconds_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0 + n for n in range(1000)])
+    now = [0.0]
+    monkeypatch.setattr(report.time, "monotonic", lambda: now[0])
+    stream = io.StringIO()
+    reporter = Reporter(tmp_path, world(), 100, 100, stream=stream)
+    now[0] = next(clock)
+    reporter.begin(0)
+    for number in range(1, 101):
+        now[0] += 1.0
+        reporter.step(step(number))
+    lines = stream.getvalue().splitlines()
+    assert len(lines) == 20 + 1  # one in 5 seconds, and the last step
+    assert "step 1/100" in lines[0]
+    assert "step 100/100" in lines[-1]
+    assert "100 tok/s  ETA 1:39" in lines[0]
+
+
+def test_other_ranks_are_silent(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Reporter(tmp_path, world(rank=1), 1, 1, stream=stream) as reporter:
+        reporter.rewind(0)
+        reporter.begin(0)
+        reporter.step(step(1))
+        reporter.validation(1, 2.0)
+        reporter.say("hello")
+        reporter.draw()
+    assert stream.getvalue() == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- metrics ---
+
+
+def test_each_step_and_each_validation_is_a_line(tmp_path: Path) -> None:
+    reporter = Reporter(tmp_path, world(), 4, 2, stream=io.StringIO())
+    reporter.validation(0, 3.0)
+    reporter.begin(0)
+    reporter.step(step(1, loss=2.5))
+    first, second = read_metrics(tmp_path / "metrics.jsonl")
+    assert first.items() >= {"step": 0, "validation_loss": 3.0}.items()
+    assert (
+        second.items()
+        >= {"step": 1, "epoch": 0.5, "loss": 2.5, "learning_rate": 1e-3, "gradient_norm": 0.5, "tokens": 100}.items()
+    )
+    assert datetime.fromisoformat(second["time"]).tzinfo == UTC
+    assert reporter.metrics.validation_loss(0) == 3.0
+    assert reporter.metrics.validation_loss(1) is None
+    assert reporter.metrics.last_loss() == 2.5
+
+
+def test_steps_that_will_be_done_again_are_dropped(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.append({"step": 0, "validation_loss": 3.0})
+    for number in (1, 2, 3):
+        metrics.append({"step": number, "loss": 1.0})
+    with metrics.path.open("a") as file:
+        file.write('{"step": 4, "lo')  # torn by a kill
+    assert [line["step"] for line in metrics.lines()] == [0, 1, 2, 3]
+    metrics.rewind(2)
+    metrics.append({"step": 3, "loss": 1.0})
+    assert [line["step"] for line in metrics.lines()] == [0, 1, 2, 3]
+
+
+def test_a_run_without_metrics_can_be_rewound(tmp_path: Path) -> None:
+    metrics = Metrics(tmp_path / "metrics.jsonl")
+    metrics.rewind(0)
+    metrics.flush()
+    assert metrics.lines() == []
+    assert metrics.last_loss() is None
+
+
+# --- picture ---
+
+
+def write_losses(path: Path) -> None:
+    metrics = Metrics(path)
+    metrics.append({"step": 0, "validation_loss": 3.0})
+    for number in (1, 2, 3):
+        metrics.append({"step": number, "loss": 3.0 / number})
+    metrics.append({"step": 3, "validation_loss": 1.2})
+
+
+def test_the_picture_shows_both_losses_with_labelled_axes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    figures: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: (figures.append(self), save(self, *a, **k))[1])
+    write_losses(tmp_path / "metrics.jsonl")
+    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    (axes,) = figures[0].axes
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("optimizer step", "loss (nats per label token)")
+    lines = {str(line.get_label()): line.get_xydata() for line in axes.get_lines()}
+    assert lines["training"].tolist() == [[1, 3], [2, 1.5], [3, 1]]
+    assert lines["validation"].tolist() == [[0, 3], [3, 1.2]]
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["loss.png", "metrics.jsonl"]
+
+
+def test_without_a_step_there_is_no_picture(tmp_path: Path) -> None:
+    Metrics(tmp_path / "metrics.jsonl").append({"step": 0, "validation_loss": 3.0})
+    draw_losses(tmp_path / "metrics.jsonl", tmp_path / "loss.png")
+    assert not (tmp_path / "loss.png").exists()
+
+
+def test_a_run_that_fails_leaves_a_picture_of_what_there_is(tmp_path: Path) -> None:
+    def fail() -> None:
+        with Reporter(tmp_path, world(), 2, 2, stream=io.StringIO()) as reporter:
+            reporter.begin(0)
+            reporter.step(step(1))
+            raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        fail()
+    assert (tmp_path / "loss.png").exists()
+
+
+# --- reports to the operator ---
+
+
+@contextmanager
+def operator(folder: Path, tls: bool = True, status: int = 204) -> Iterator[tuple[str, list[tuple[str, Any]]]]:
+    """A server that takes reports: its URL and the (authorization, body) of each request."""
+    received: list[tuple[str, Any]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            received.append((self.headers["Authorization"], json.loads(body)))
+            self.send_response(status)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    if tls:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(write_certificate(folder))
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    try:
+        yield f"{'https' if tls else 'http'}://127.0.0.1:{server.server_port}/v1/progress/team/job/1", received
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def write_certificate(folder: Path) -> Path:
+    """A self-signed certificate for 127.0.0.1 as ca.crt, and with its key as the file that is returned."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "operator")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder(
+            name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(hours=1)
+        )
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public = certificate.public_bytes(serialization.Encoding.PEM)
+    plain = serialization.NoEncryption()
+    private = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, plain)
+    (folder / "ca.crt").write_bytes(public)
+    (folder / "server.pem").write_bytes(private + public)
+    return folder / "server.pem"
+
+
+def at(number: int) -> ProgressReport:
+    return ProgressReport(progress=Progress(step=number, total_steps=1000, epoch=0, percentage=0))
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> Path:
+    path = tmp_path / "token"
+    path.write_text("first\n")
+    return path
+
+
+def test_a_report_arrives_over_tls_with_the_token(tmp_path: Path, token: Path) -> None:
+    with operator(tmp_path) as (url, received):
+        poster = Poster(url, tmp_path / "ca.crt", token)
+        poster.post(at(1))
+        until(lambda: bool(received))
+        poster.close()
+    ((authorization, body),) = received
+    assert authorization == "Bearer first"
+    assert ProgressReport.model_validate(body) == at(1)
+
+
+def test_of_many_reports_the_latest_is_sent_and_posting_never_waits(tmp_path: Path, token: Path) -> None:
+    with operator(tmp_path, tls=False) as (url, received):
+        poster = Poster(url, tmp_path / "ca.crt", token)
+        poster.post(at(0))
+        until(lambda: bool(received))
+        for number in range(1, 500):
+            poster.post(at(number))
+        poster.close()
+    steps = [body["progress"]["step"] for _, body in received]
+    assert steps == [0, 499]
+
+
+def test_a_rotated_token_is_read_again(tmp_path: Path, token: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "POST_SECONDS", 0.0)
+    with operator(tmp_path) as (url, received):
+        poster = Poster(url, tmp_path / "ca.crt", token)
+        poster.post(at(1))
+        until(lambda: len(received) == 1)
+        token.write_text("second")
+        poster.post(at(2))
+        poster.close()
+    assert [authorization for authorization, _ in received] == ["Bearer first", "Bearer second"]
+
+
+def test_a_certificate_of_somebody_else_is_refused_and_told_once(tmp_path: Path, token: Path) -> None:
+    (tmp_path / "other").mkdir()
+    write_certificate(tmp_path / "other")
+    stream = io.StringIO()
+    with operator(tmp_path) as (url, received):
+        poster = Poster(url, tmp_path / "other" / "ca.crt", token)
+        reporter = Reporter(tmp_path, world(), 9, 9, poster=poster, stream=stream)
+        reporter.begin(0)
+        until(lambda: poster._trouble is not None)
+        for number in (1, 2, 3):
+            reporter.step(step(number))
+        poster.close()
+    assert received == []
+    assert stream.getvalue().count("the operator does not get the progress reports") == 1
+    assert "CERTIFICATE_VERIFY_FAILED" in stream.getvalue()
+
+
+TROUBLES = {
+    "nobody listens": ("http://127.0.0.1:1/", "refused"),
+    "no host": ("https:///x", "no host"),
+    "no token": ("http://127.0.0.1:1/", "No such file"),
+}
+
+
+@pytest.mark.parametrize("case", TROUBLES)
+def test_no_trouble_reaches_the_training(case: str, tmp_path: Path, token: Path) -> None:
+    url, words = TROUBLES[case]
+    write_certificate(tmp_path)
+    poster = Poster(url, tmp_path / "ca.crt", tmp_path / "none" if case == "no token" else token)
+    poster.post(at(1))
+    until(lambda: poster._trouble is not None)
+    assert words in str(poster.new_trouble())
+    assert poster.new_trouble() is None
+    poster.close()
+
+
+def test_an_operator_that_refuses_is_trouble_too(tmp_path: Path, token: Path) -> None:
+    with operator(tmp_path, tls=False, status=403) as (url, _):
+        poster = Poster(url, tmp_path / "ca.crt", token)
+        poster.post(at(1))
+        until(lambda: poster._trouble is not None)
+        poster.close()
+    assert "403" in str(poster.new_trouble())
+
+
+def test_the_first_and_the_last_report_and_the_checkpoint_arrive(tmp_path: Path, token: Path) -> None:
+    saved = CheckpointStatus(step=2, path="checkpoints/step-00000002", time=datetime.now(UTC))
+    with operator(tmp_path) as (url, received):
+        poster = Poster(url, tmp_path / "ca.crt", token)
+        with Reporter(tmp_path, world(), 3, 3, poster=poster, stream=io.StringIO()) as reporter:
+            reporter.begin(0)
+            until(lambda: bool(received))
+            reporter.step(step(1))
+            reporter.step(step(2))
+            reporter.checkpoint(saved)
+            reporter.step(step(3))
+    first, last = ProgressReport.model_validate(received[0][1]), ProgressReport.model_validate(received[-1][1])
+    assert (first.progress.step, first.progress.percentage, first.progress.loss) == (0, 0, None)
+    assert (last.progress.step, last.progress.percentage, last.progress.loss) == (3, 100, 1.5)
+    assert last.progress.estimated_remaining_seconds == 0
+    assert last.progress.peak_memory_bytes
+    assert last.checkpoint == saved
+
+
+def test_only_a_worker_in_a_cluster_posts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBETUNE_PROGRESS_URL", raising=False)
+    assert Poster.from_env() is None
+    monkeypatch.setenv("KUBETUNE_PROGRESS_URL", "https://127.0.0.1:1/")
+    poster = Poster.from_env()
+    assert poster is not None
+    poster.close()
+
+
+# --- the last word ---
+
+
+def test_the_last_word_is_written_where_the_kubelet_waits_for_it(tmp_path: Path) -> None:
+    log = tmp_path / "termination-log"
+    message = TerminationMessage(reason="Done", message="x" * 9000, result=Result(steps=1, tokens=2))
+    write_termination(message, log)
+    assert not log.exists(), "outside a container there is no such file"
+    log.touch()
+    write_termination(message, log)
+    assert len(log.read_bytes()) <= 4096
+    assert TerminationMessage.model_validate_json(log.read_text()).result == message.result
+
+
+def test_peak_memory_is_in_bytes() -> None:
+    assert 50e6 < peak_memory(torch.device("cpu")) < 100e9

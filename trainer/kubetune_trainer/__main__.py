@@ -1,0 +1,62 @@
+"""What containers run: `launch` (all processes of a node), `train` (one of them), `stage` (fetch or check weights)."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from kubetune_contract.config import RunConfig
+from kubetune_contract.errors import ConfigError, explain
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit code (kubetune_contract.exit_codes)."""
+    parser = argparse.ArgumentParser(prog="python -m kubetune_trainer", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("launch", "start the processes of this node (PET_* variables)"),
+        ("train", "be one process of a run (RANK, WORLD_SIZE, ...)"),
+    ):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--config", type=Path, required=True, help="a complete RunConfig as JSON")
+    stage = commands.add_parser("stage", help="fetch or check the weights", add_help=False)
+    stage.add_argument("rest", nargs=argparse.REMAINDER)
+    options, unknown = parser.parse_known_args(arguments)
+    match options.command:
+        case "launch":
+            return _launch(options.config)
+        case "train":
+            return _train(options.config)
+        case _:
+            from kubetune_trainer import stage as staging
+
+            return staging.main(unknown + options.rest)
+
+
+def _launch(config: Path) -> int:
+    from kubetune_trainer import launch
+
+    try:
+        nodes = launch.Nodes.from_env(os.environ)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+    return launch.run(launch.worker_command(config), nodes)
+
+
+def _train(config: Path) -> int:
+    from kubetune_trainer import train
+
+    try:
+        return train.main(RunConfig.model_validate_json(config.read_bytes()))
+    except ValidationError as error:
+        problem = ConfigError(explain(error, RunConfig))
+        print(f"error: {problem}", file=sys.stderr)
+        return int(problem.exit_code)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

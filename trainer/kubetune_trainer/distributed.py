@@ -1,0 +1,153 @@
+"""The processes of one run: who am I, how many are we, and the few collectives that the loop needs."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kubetune_contract.exit_codes import ExitCode, JobError
+
+T = TypeVar("T")
+
+TIMEOUT: Final = timedelta(minutes=30)
+"""How long a collective waits for a peer that is silent. Rank 0 may write a 5 GB shard meanwhile."""
+
+
+class PeerLostError(JobError):
+    """Another worker is gone. A restart from the last checkpoint helps."""
+
+    exit_code = ExitCode.PEER_LOST
+
+
+@dataclass(frozen=True)
+class World:
+    """The run's processes, seen from one of them."""
+
+    rank: int
+    """0 is the main process: it reports and writes results."""
+    size: int
+    local_rank: int
+    """Number of this process on its node; also of its GPU."""
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process is rank 0."""
+        return self.rank == 0
+
+
+def start() -> World:
+    """Join the run that the launcher described in RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and MASTER_*.
+
+    A process that is alone makes no group. Raises PeerLostError if the others do not come.
+    """
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = _device(local_rank)
+    if device.type == "cpu":
+        _share_cores()
+    if size > 1:
+        _join(device)
+    return World(rank, size, local_rank, device)
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _share_cores() -> None:
+    """Split this node's cores among its processes: two that each start a thread per core run many times slower."""
+    local_size = os.environ.get("LOCAL_WORLD_SIZE")
+    if local_size and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(local_size)))
+
+
+def _join(device: torch.device) -> None:
+    on_gpu = device.type == "cuda"
+    try:
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+    except RuntimeError as error:
+        if is_peer_lost(error):
+            raise PeerLostError(f"the other workers did not come to the meeting point: {error}") from error
+        raise
+
+
+def stop(world: World) -> None:
+    """Leave the group, if there is one."""
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def all_sum(world: World, *values: float) -> list[float]:
+    """Each value summed over all ranks, in float64, in one all-reduce."""
+    if world.size == 1:
+        return [float(value) for value in values]
+    sums = torch.tensor(values, dtype=torch.float64, device=world.device)
+    dist.all_reduce(sums)
+    return [float(value) for value in sums.tolist()]
+
+
+def broadcast_object(world: World, value: T) -> T:
+    """Rank 0's value, on every rank. It is pickled: small things only."""
+    if world.size == 1:
+        return value
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    received: T = box[0]
+    return received
+
+
+def barrier(world: World) -> None:
+    """Wait until every rank is here."""
+    all_sum(world, 0.0)
+
+
+_LOST_WORDS: Final = (
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection was likely closed",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "socket timeout",
+    "client socket has timed out",
+    "remote process exited",
+    "nccl communicator was aborted",
+)
+
+
+def is_peer_lost(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone or silent (gloo, NCCL or the rendezvous store)."""
+    if isinstance(error, PeerLostError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    text = str(error).lower()
+    return isinstance(error, RuntimeError) and any(words in text for words in _LOST_WORDS)
+
+
+def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
+    """The rows of `parameter` that this process stores, to be written in place, and the number of the first of them.
+
+    A plain tensor is stored whole. FSDP2 shards dimension 0 as torch.chunk does: all but the last shards are equal.
+    """
+    if not isinstance(parameter, DTensor):
+        return parameter.detach(), 0
+    local = parameter.to_local().detach()
+    rows, ranks = parameter.shape[0], parameter.device_mesh.size()
+    return local, min(rows, -(-rows // ranks) * parameter.device_mesh.get_local_rank())
+
+
+def full_tensor(parameter: Tensor, world: World) -> Tensor | None:
+    """The whole of a possibly sharded parameter, on the CPU of rank 0; None elsewhere. All ranks must call it."""
+    whole = parameter.detach()
+    if isinstance(whole, DTensor):
+        whole = whole.full_tensor()
+    return whole.cpu() if world.is_main else None

@@ -1,0 +1,169 @@
+"""The training loop, the same for full and LoRA fine-tuning, on one device or many."""
+
+import math
+import signal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Self
+
+import numpy as np
+import torch
+
+from kubetune_contract.config import RunConfig
+from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_contract.progress import CheckpointStatus
+from kubetune_trainer.checkpoint import Checkpointer
+from kubetune_trainer.data import Dataset, Sampler, collate, deal
+from kubetune_trainer.distributed import World, all_sum, broadcast_object
+from kubetune_trainer.model import Llama
+from kubetune_trainer.optim import learning_rate, set_learning_rate
+from kubetune_trainer.parallel import clip_gradients
+from kubetune_trainer.report import Reporter, Step
+
+
+class SavedError(JobError):
+    """The run was told to stop and can go on from its newest checkpoint."""
+
+    exit_code = ExitCode.SAVED
+
+    def __init__(self, status: CheckpointStatus) -> None:
+        super().__init__(
+            f"stopped by SIGTERM, saved after step {status.step} in {status.path}; started again, the run goes on there"
+        )
+        self.status = status
+
+
+class NonFiniteLossError(JobError):
+    """The loss or the gradient is no finite number any more. The weights of the step before stay."""
+
+    exit_code = ExitCode.NON_FINITE_LOSS
+
+
+class StopFlag:
+    """Whether SIGTERM has come. The loop asks once per step, so a step is never cut."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @classmethod
+    def on_sigterm(cls) -> Self:
+        """From here on SIGTERM only sets the flag."""
+        flag = cls()
+        signal.signal(signal.SIGTERM, flag._request)
+        return flag
+
+    def _request(self, _signal: int, _frame: FrameType | None) -> None:
+        self.requested = True
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that the loop works on."""
+
+    config: RunConfig
+    world: World
+    data: Dataset
+    held_out: Dataset | None
+    sampler: Sampler
+    model: Llama
+    params: list[torch.nn.Parameter]
+    """What is trained."""
+    optimizer: torch.optim.Optimizer
+    checkpoints: Checkpointer
+    reporter: Reporter
+    stop: StopFlag
+    total: int
+    """Optimizer steps of the whole run."""
+
+
+def train(run: Run, start: int) -> None:
+    """Takes the run from `start` steps done to its end.
+
+    Raises SavedError on SIGTERM, after the step and a checkpoint, and NonFiniteLossError before a bad step is taken.
+    """
+    if _wants_validation(run, start):
+        validate(run, start)
+    run.reporter.begin(start)
+    for step in range(start, run.total):
+        stopping = train_step(run, step)
+        done = step + 1
+        if _wants_validation(run, done) and not stopping:
+            validate(run, done)
+        if stopping or done == run.total or done % run.config.checkpoint.every_steps == 0:
+            status = run.checkpoints.save(done, run.model, run.optimizer)
+            run.reporter.checkpoint(status)
+        if stopping:
+            raise SavedError(status)
+
+
+def train_step(run: Run, step: int) -> bool:
+    """One optimizer step, counted from 0. Returns whether any rank was told to stop."""
+    training = run.config.training
+    rows = run.sampler.rows(step)
+    # Every rank knows all rows, so the global count of label tokens costs no communication. A micro-batch's loss is a
+    # sum over its tokens; divided by that count, gradients add up over micro-batches and ranks to those of the mean
+    # over the whole batch. (FSDP averages over ranks by default; parallel.shard makes it add.)
+    labels_total = int(run.data.label_counts[rows].sum())
+    rate = learning_rate(step, run.total, training)
+    set_learning_rate(run.optimizer, rate)
+    loss = torch.zeros((), device=run.world.device)
+    for indices in run.sampler.micro_batches(step, run.world.rank, run.world.size):
+        share = forward(run, run.data, indices) / labels_total
+        share.backward()  # type: ignore[no-untyped-call] # torch does not annotate it
+        loss += share.detach()
+    mean_loss, stops = all_sum(run.world, loss.item(), float(run.stop.requested))
+    norm = clip_gradients(run.params, training.max_gradient_norm)
+    if not (math.isfinite(mean_loss) and math.isfinite(norm)):
+        raise NonFiniteLossError(_not_finite(step + 1, mean_loss, norm, rate))
+    run.optimizer.step()
+    run.optimizer.zero_grad()
+    tokens = int(run.data.lengths[rows].sum())
+    run.reporter.step(Step(step + 1, mean_loss, rate, norm, tokens))
+    return stops > 0
+
+
+def forward(run: Run, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
+    """The loss summed over the label tokens of some samples, in nats; 0 for none."""
+    input_ids, labels = collate([data.samples[index] for index in indices])
+    loss: torch.Tensor = run.model(input_ids.to(run.world.device), labels.to(run.world.device))
+    return loss
+
+
+def validate(run: Run, step: int) -> float | None:
+    """The held-out loss after `step` steps, in nats per label token. A restarted run keeps what it had measured."""
+    if run.held_out is None:
+        return None
+    known = broadcast_object(run.world, run.reporter.metrics.validation_loss(step))
+    if known is not None:
+        return known
+    loss = mean_loss(run, run.held_out)
+    run.reporter.validation(step, loss)
+    return loss
+
+
+def mean_loss(run: Run, data: Dataset) -> float:
+    """Mean cross-entropy per label token, without dropout, in nats."""
+    rows = np.arange(len(data.samples), dtype=np.int32)
+    passes = deal(rows, data.lengths, run.config.training.batch_size, run.world.rank, run.world.size)
+    total = torch.zeros((), dtype=torch.float64, device=run.world.device)
+    run.model.eval()
+    with torch.no_grad():
+        for indices in passes:
+            total += forward(run, data, indices)
+    run.model.train()
+    (summed,) = all_sum(run.world, total.item())
+    return summed / int(data.label_counts.sum())
+
+
+def _wants_validation(run: Run, done: int) -> bool:
+    """The losses before the first and after the last step are measured outside the loop."""
+    every = run.config.validation.every_steps if run.config.validation else None
+    return every is not None and 0 < done < run.total and done % every == 0
+
+
+def _not_finite(step: int, loss: float, norm: float, rate: float) -> str:
+    return (
+        f"step {step} has loss {loss} and gradient norm {norm}, so nothing can be learnt any more: lower "
+        f"training.learning_rate (it is {rate:g} here), set training.max_gradient_norm, or look for damaged rows"
+    )

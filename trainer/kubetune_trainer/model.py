@@ -1,0 +1,255 @@
+"""The Llama decoder in plain PyTorch. Parameter names are Hugging Face's; adapters and sharding come from outside.
+
+Shapes: B rows, S positions, D hidden_size, H query heads, K key-value heads, E head_dim, V vocab_size.
+Half-split RoPE layout, as in Hugging Face's files. Right padding needs no mask: attention is causal, so no real
+position sees the padding behind it.
+"""
+
+import math
+from typing import Any, Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kubetune_trainer.architecture import Llama3Scaling, LlamaConfig, ModelError
+
+__all__ = ["HEAD_CHUNK", "IGNORE", "KeyValueCache", "Llama", "LlamaConfig", "ModelError", "linear_cross_entropy"]
+
+IGNORE: Final = -100
+"""Label of a position without loss (PyTorch's ignore_index)."""
+
+HEAD_CHUNK: Final = 1024
+"""Label tokens whose logits live at once: 0.5 GB in fp32 for Llama 3's 128,256 words."""
+
+Pair = tuple[Tensor, Tensor]
+"""Cosine and sine of the RoPE angles, each [S, 1, E / 2]; or keys and values, each [B, S, K, E]."""
+
+
+class KeyValueCache:
+    """Keys and values of the positions seen so far, for generation: room for `positions` in each layer."""
+
+    def __init__(self, positions: int) -> None:
+        self.positions = positions
+        self.length = 0
+        """Positions filled. The model moves it on after each forward pass."""
+        self._layers: dict[int, Pair] = {}
+
+    def append(self, layer: int, keys: Tensor, values: Tensor) -> Pair:
+        """Store `keys` and `values` [B, S, K, E] after the filled positions; returns all of that layer's so far."""
+        if layer not in self._layers:
+            shape = (keys.shape[0], self.positions, *keys.shape[2:])
+            self._layers[layer] = keys.new_empty(shape), values.new_empty(shape)
+        all_keys, all_values = self._layers[layer]
+        end = self.length + keys.shape[1]
+        all_keys[:, self.length : end] = keys
+        all_values[:, self.length : end] = values
+        return all_keys[:, :end], all_values[:, :end]
+
+
+class Attention(nn.Module):
+    """Causal grouped-query self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.head_dim = layer, config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=False)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor, rotation: Pair, cache: KeyValueCache | None) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = rotate(self.q_proj(x).view(heads), rotation)
+        k = rotate(self.k_proj(x).view(heads), rotation)
+        v = self.v_proj(x).view(heads)
+        # Causal masks of SDPA start at the upper left: right for whole sequences, not for one position behind a cache.
+        causal = x.shape[1] > 1
+        if cache is not None:
+            assert not (causal and cache.length), "after the prompt the cache takes one position at a time"
+            k, v = cache.append(self.layer, k, v)
+        # enable_gqa beats expanded keys and values on CPU by a fifth and needs no copy.
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
+        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        return output
+
+
+def rotate(x: Tensor, rotation: Pair) -> Tensor:
+    """Rotary position embedding (Su et al. 2021) of [B, S, heads, E]; element i is paired with i + E / 2."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class MLP(nn.Module):
+    """The SwiGLU feed-forward layer (Shazeer 2020)."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        output: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return output
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and MLP, each behind a norm and beside a residual."""
+
+    def __init__(self, config: LlamaConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = MLP(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rotation: Pair, cache: KeyValueCache | None = None) -> Tensor:
+        """[B, S, D] -> [B, S, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+        output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
+        return output
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks and final norm: what Hugging Face names `model`."""
+
+    inverse_frequencies: Tensor
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
+
+    def rotation(self, start: int, stop: int, dtype: torch.dtype) -> Pair:
+        """Cosine and sine of the positions start to stop, computed in fp32."""
+        positions = torch.arange(start, stop, device=self.inverse_frequencies.device, dtype=torch.float32)
+        angles = torch.outer(positions, self.inverse_frequencies)[:, None]
+        return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+class Llama(nn.Module):
+    """A Llama language model. Build it under `torch.device("meta")` to allocate nothing."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_blocks = False
+        """Keep only each block's input and compute the rest again in the backward pass."""
+        self.model = Decoder(config)
+        # A tied head has no module: the head then reads the embedding's weight.
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[Block]:
+        """The decoder layers, first to last."""
+        return [block for block in self.model.layers if isinstance(block, Block)]
+
+    def init_buffers(self) -> None:
+        """Compute the RoPE frequencies again, in fp32 on the weights' device: to_empty() and .to(dtype) spoil them."""
+        device = self.model.embed_tokens.weight.device
+        with torch.device(device):
+            self.model.inverse_frequencies = inverse_frequencies(self.config)
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cache: KeyValueCache | None = None) -> Tensor:
+        """Logits, or the loss if there are labels.
+
+        `input_ids` [B, S]: token ids. `labels` [B, S]: position i's target token, or IGNORE; they are shifted already.
+        `cache`: the positions before `input_ids`; the model adds these to it.
+        Returns logits [B, S, V] in the weights' dtype; with a cache those of the last position only, [B, 1, V]; with
+        labels the float32 SUM of the cross-entropy over all label tokens, in nats (0 if there are none).
+        """
+        x = self.model.embed_tokens(input_ids)
+        start = cache.length if cache is not None else 0
+        rotation = self.model.rotation(start, start + input_ids.shape[1], x.dtype)
+        for block in self.model.layers:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x = checkpoint(block, x, rotation, use_reentrant=False)
+            else:
+                x = block(x, rotation, cache)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+            x = x[:, -1:]
+        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        if labels is None:
+            return F.linear(self.model.norm(x), head)
+        chosen = labels != IGNORE
+        return linear_cross_entropy(self.model.norm(x[chosen]), head, labels[chosen])
+
+
+def inverse_frequencies(config: LlamaConfig) -> Tensor:
+    """RoPE's angle per position for each pair of dimensions, [E / 2], float32, scaled for Llama 3.1 and later."""
+    exponents = torch.arange(0, config.head_dim, 2, dtype=torch.int64).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    return frequencies if config.rope_scaling is None else _scale(frequencies, config.rope_scaling)
+
+
+def _scale(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
+    """Llama 3.1's rule (`apply_scaling` in Meta's llama-models): long waves are stretched, short ones stay."""
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = (scaling.original_max_position_embeddings / wavelengths - low) / (high - low)
+    kept = kept.clamp(0, 1)
+    return (1 - kept) * frequencies / scaling.factor + kept * frequencies
+
+
+def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropy of `hidden @ head.T`, without ever holding all logits.
+
+    `hidden` [N, D], `head` [V, D], `targets` [N]. Returns a float32 scalar. Gradients are computed chunk by chunk in
+    the forward pass, while the logits are there, so that nothing is computed twice (Liger Kernel, Hsu et al. 2024).
+    """
+    if not torch.is_grad_enabled():
+        head = head.detach()
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]  # torch's apply
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        head_gradient = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
+        loss = hidden.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(targets), HEAD_CHUNK):
+            chunk = slice(start, start + HEAD_CHUNK)
+            logits = (hidden[chunk] @ head.t()).float()
+            loss += _cross_entropy_(logits, targets[chunk])
+            gradient = logits.to(head.dtype)
+            if hidden_gradient is not None:
+                torch.mm(gradient, head, out=hidden_gradient[chunk])
+            if head_gradient is not None:
+                head_gradient.addmm_(gradient.t(), hidden[chunk])
+        ctx.save_for_backward(hidden_gradient, head_gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        hidden_gradient, head_gradient = ctx.saved_tensors
+        (scale,) = gradients
+        return (
+            None if hidden_gradient is None else hidden_gradient.mul_(scale),
+            None if head_gradient is None else head_gradient.mul_(scale),
+            None,
+        )
+
+
+def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
+    """The summed loss of float32 `logits` [n, V], which become their own gradient: softmax minus the target's 1."""
+    logits -= logits.amax(dim=-1, keepdim=True)
+    rows = torch.arange(len(targets), device=targets.device)
+    chosen = logits[rows, targets]
+    totals = logits.exp_().sum(dim=-1, keepdim=True)
+    logits /= totals
+    logits[rows, targets] -= 1
+    return (totals.log().squeeze(-1) - chosen).sum()

@@ -1,0 +1,168 @@
+"""The tokenizer of a Hugging Face model folder and its chat template."""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, NoReturn
+
+import jinja2
+import tokenizers
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from kubetune_trainer.architecture import ModelError
+
+Message = dict[str, str]
+"""One turn: `role` and `content`."""
+
+_SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class Tokenizer:
+    """tokenizer.json with the model's chat template. Special tokens in a text become their ids; none are added."""
+
+    def __init__(
+        self, backend: Any, template: str, special_tokens: dict[str, str], stop_ids: frozenset[int], now: datetime
+    ) -> None:
+        self._backend = backend
+        self._template = _environment(now).from_string(template)
+        self._special_tokens = special_tokens
+        self.special_ids: frozenset[int] = frozenset(
+            i for i, token in backend.get_added_tokens_decoder().items() if token.special
+        )
+        self.stop_ids = stop_ids
+        """Ids that end an answer: end of sequence and whatever generation_config.json adds."""
+
+    @classmethod
+    def from_folder(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
+        """Reads the model's folder. `now` is the date for templates that write one: a resumed run gives its first.
+
+        Raises ModelError where tokenizer.json or the chat template is missing or broken.
+        """
+        backend = _backend(folder / "tokenizer.json")
+        config = _json_object(folder / "tokenizer_config.json")
+        special = _special_tokens(folder, config)
+        stop_ids = _stop_ids(folder, backend, special)
+        try:
+            return cls(backend, _template_text(folder, config), special, stop_ids, now or datetime.now())
+        except jinja2.TemplateError as error:
+            raise ModelError(f"{folder}: the chat template is not valid Jinja: {error}") from error
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a text."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_batch(self, texts: Sequence[str]) -> list[Any]:
+        """The texts as `tokenizers.Encoding`: ids and, in characters, offsets."""
+        encodings: list[Any] = self._backend.encode_batch(list(texts), add_special_tokens=False)
+        return encodings
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, without special tokens."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
+        """The conversation as the model sees it, as transformers renders it. Raises jinja2.TemplateError."""
+        return self._template.render(
+            messages=list(messages),
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            **self._special_tokens,
+        )
+
+
+class _GenerationTag(Extension):
+    """`{% generation %}` marks answers for transformers. Ours are found by prefixes: the body passes through."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it as an instance variable
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        """The statements up to `{% endgeneration %}`."""
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
+    """The options and helpers of transformers/utils/chat_template_utils.py, on which published templates rely."""
+
+    def raise_exception(message: str) -> NoReturn:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: Any = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = now.strftime
+    return environment
+
+
+def _backend(path: Path) -> Any:
+    """The tokenizer without its post-processor, which would add tokens and trim spaces off the offsets."""
+    try:
+        document = json.loads(path.read_bytes())
+        backend = tokenizers.Tokenizer.from_str(json.dumps(document | {"post_processor": None}))
+    except FileNotFoundError as error:
+        raise ModelError(f"{path} is missing: the model folder needs its tokenizer") from error
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ModelError(f"{path} is not a tokenizer: {error}") from error
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """A JSON file of the model folder; {} where there is none."""
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ModelError(f"{path} is not JSON: {error}") from error
+    return document if isinstance(document, dict) else {}
+
+
+def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
+    """Name -> text, as templates use them. A token is written as a text or as an object with `content`."""
+    merged = _json_object(folder / "special_tokens_map.json") | config
+    texts = {
+        name: token.get("content") if isinstance(token, dict) else token
+        for name, token in merged.items()
+        if name in _SPECIAL_TOKENS
+    }
+    return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _stop_ids(folder: Path, backend: Any, special: dict[str, str]) -> frozenset[int]:
+    listed = [_json_object(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
+    ids = [backend.token_to_id(special.get("eos_token", ""))]
+    ids += [one for entry in listed for one in (entry if isinstance(entry, list) else [entry])]
+    return frozenset(one for one in ids if one is not None)
+
+
+def _template_text(folder: Path, config: dict[str, Any]) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return path.read_text()
+    template = config.get("chat_template")
+    if isinstance(template, list):
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    if not isinstance(template, str):
+        raise ModelError(
+            f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
+            "use an instruction-tuned model, or add the template that its answers shall follow"
+        )
+    return template

@@ -1,0 +1,392 @@
+"""One run from its configuration to its results, in numbered stages. This module alone composes the others."""
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+import yaml
+
+from kubetune_contract.config import RunConfig
+from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_contract.paths import (
+    ADAPTER_DIR,
+    CONFIG_FILE,
+    LOSS_PICTURE,
+    MERGED_DIR,
+    MODEL_DIR,
+    RESULT_FILE,
+    SAMPLES_FILE,
+    TERMINATION_LOG,
+)
+from kubetune_contract.progress import Result, TerminationMessage
+from kubetune_trainer import distributed
+from kubetune_trainer.checkpoint import Checkpointer, as_output_error, claim, digest_files, status_of, write_file
+from kubetune_trainer.data import Dataset, Prompt, Sampler, digest_data, load_dataset, load_prompts, load_validation
+from kubetune_trainer.distributed import World, broadcast_object
+from kubetune_trainer.export import export_adapter, export_model
+from kubetune_trainer.generate import generate
+from kubetune_trainer.hub import WeightReader, check_model
+from kubetune_trainer.loop import Run, SavedError, StopFlag, train, validate
+from kubetune_trainer.optim import effective_warmup, make_optimizer
+from kubetune_trainer.parallel import build, choose_precision
+from kubetune_trainer.peft import trainable
+from kubetune_trainer.report import Poster, Reporter, write_termination
+from kubetune_trainer.tokenizer import Tokenizer
+
+T = TypeVar("T")
+_PRECISIONS: Final = {torch.bfloat16: "BF16", torch.float32: "FP32"}
+
+
+class Inputs(NamedTuple):
+    """What was read."""
+
+    tokenizer: Tokenizer
+    data: Dataset
+    held_out: Dataset | None
+    prompts: list[Prompt]
+
+
+class SharedError(JobError):
+    """An error of one rank, raised on all of them, so that none waits for another and the first rank can tell it."""
+
+    def __init__(self, exit_code: ExitCode, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
+class DoesNotFitError(JobError):
+    """The device's memory is too small for these settings."""
+
+    exit_code = ExitCode.DOES_NOT_FIT
+
+
+def main(config: RunConfig) -> int:
+    """Be one process of the run. Returns the exit code; an error is told to people and in the termination message."""
+    stop = StopFlag.on_sigterm()
+    try:
+        world = distributed.start()
+        result = run(config, world, stop)
+        distributed.stop(world)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the container must say it
+        return _tell_failure(error, Path(config.output_dir))
+    if world.is_main:
+        write_termination(TerminationMessage(reason=ExitCode.DONE.reason, message=_story(result), result=result))
+    return ExitCode.DONE
+
+
+def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
+    """The whole run; every rank calls it and gets the result. Raises JobError."""
+    folder = Path(config.output_dir)
+    # 1. The model's files are whole, and the output folder is ours. Whatever is wrong is found before memory is taken.
+    reader = together(world, lambda: check_model(Path(config.model.path)))
+    first = broadcast_object(world, together(world, lambda: _claim(config, reader, world)))
+    if (finished := _finished(folder, world)) is not None:
+        _say(world, f"this run has finished already, its results are in {folder}")
+        return finished
+    # 2. The data, as tokens.
+    started = datetime.fromisoformat(first["started"])
+    tokenizer, data, held_out, prompts = inputs = together(world, lambda: _read(config, started))
+    # 3. Who does what in which step.
+    sampler = Sampler(
+        data.lengths, first["global_batch"], config.training.batch_size, config.training.seed, config.dataset.shuffle
+    )
+    total = min(config.training.epochs * sampler.steps_per_epoch, config.training.max_steps or sys.maxsize)
+    _say(world, _plan_text(config, world, inputs, sampler, total))
+    # 4. The model and its optimizer. Ranks draw their dropout from seeds of their own.
+    torch.manual_seed(config.training.seed + world.rank)
+    fixed = config.training.model_copy(update={"precision": first["precision"]})
+    model = build(config.model_copy(update={"training": fixed}), reader, world)
+    params = trainable(model)
+    optimizer = make_optimizer(params.values(), config.training)
+    _say(world, _model_text(config, model, params, first["precision"], choose_precision(config, world.device)))
+    # 5. Where an earlier attempt has come to.
+    checkpoints = Checkpointer(folder, config.checkpoint.keep, world)
+    poster = Poster.from_env() if world.is_main else None
+    with Reporter(folder, world, total, sampler.steps_per_epoch, poster=poster) as reporter:
+        trained = list(params.values())
+        state = Run(
+            config, world, data, held_out, sampler, model, trained, optimizer, checkpoints, reporter, stop, total
+        )
+        start = _resume(state)
+        # 6. What the model knows before the first step.
+        if start == 0:
+            validate(state, 0)
+        samples = _samples_before(state, tokenizer, prompts, start)
+        # 7. The loop.
+        train(state, start)
+        # 8. What it knows now.
+        validate(state, total)
+        _samples_after(state, tokenizer, prompts, samples)
+        # 9. The results; the file that says so comes last.
+        result = _export(state, reader)
+        return _finish(state, result)
+
+
+def together(world: World, act: Callable[[], T]) -> T:
+    """`act` on every rank; if it fails on any, the first failing rank's error is raised on all, as SharedError."""
+    try:
+        value, failure = act(), None
+    except JobError as error:
+        value, failure = None, (error.exit_code, str(error))
+    failures: list[tuple[ExitCode, str] | None] = [failure] * world.size
+    if world.size > 1:
+        dist.all_gather_object(failures, failure)
+    for known in failures:
+        if known is not None:
+            raise SharedError(*known)
+    return value  # type: ignore[return-value] # without a failure there is a value
+
+
+# --- 1. and 2. inputs ---
+
+
+def _claim(config: RunConfig, reader: WeightReader, world: World) -> dict[str, Any]:
+    """What rank 0 fixes at the first start of the run, for all ranks and whatever machines a later attempt gets:
+
+    the date, the sequences per step, and the number format.
+    """
+    if not world.is_main:
+        return {}
+    folder = Path(config.output_dir)
+    training = config.training
+    batch = training.batch_size * training.gradient_accumulation_steps * world.size
+    dtype, _ = choose_precision(config, world.device)
+    fixed = {"started": datetime.now().isoformat(), "global_batch": batch, "precision": _PRECISIONS[dtype]}
+    first = claim(folder, _identity(config, reader), fixed)
+    write_file(
+        folder / CONFIG_FILE,
+        yaml.safe_dump(config.model_dump(mode="json", exclude_none=True), sort_keys=False).encode(),
+    )
+    return first
+
+
+def _identity(config: RunConfig, reader: WeightReader) -> dict[str, Any]:
+    """What must not change between the attempts of a run."""
+    values = config.model_dump(mode="json")
+    lora = config.lora
+    return {
+        "method": config.method,
+        "model": digest_files(reader.folder, reader.files()),
+        "dataset": values["dataset"] | {"path": digest_data(Path(config.dataset.path))},
+        "validation": digest_data(Path(config.validation.path)) if config.validation else None,
+        "adapter": lora.model_dump(mode="json") if lora else None,
+        "training": {key: value for key, value in values["training"].items() if key != "activation_checkpointing"},
+    }
+
+
+def _read(config: RunConfig, started: datetime) -> Inputs:
+    tokenizer = Tokenizer.from_folder(Path(config.model.path), started)
+    data = load_dataset(config.dataset, tokenizer)
+    validation = config.validation
+    if validation is None:
+        return Inputs(tokenizer, data, None, [])
+    held_out = load_validation(validation, config.dataset, tokenizer)
+    return Inputs(tokenizer, data, held_out, load_prompts(Path(validation.path), validation.samples))
+
+
+def _finished(folder: Path, world: World) -> Result | None:
+    path = folder / RESULT_FILE
+    text = broadcast_object(world, path.read_text() if world.is_main and path.exists() else None)
+    return Result.model_validate_json(text) if text is not None else None
+
+
+# --- 5. resume ---
+
+
+def _resume(state: Run) -> int:
+    """Puts the newest checkpoint back and returns the steps done."""
+    path = state.checkpoints.latest()
+    start, note = state.checkpoints.load(path, state.model, state.optimizer) if path else (0, None)
+    state.reporter.rewind(start)
+    if path is not None:
+        state.reporter.checkpoint(status_of(path, state.reporter.folder))
+        state.reporter.say(f"resuming    after step {start} of {state.total}" + (f"; {note}" if note else ""))
+    return start
+
+
+# --- 6. and 8. samples ---
+
+
+def _samples_before(state: Run, tokenizer: Tokenizer, prompts: list[Prompt], start: int) -> list[dict[str, Any]]:
+    """The prompts with the answers of the untrained model: measured once, read again by later attempts."""
+    path = state.reporter.folder / SAMPLES_FILE
+    known = broadcast_object(state.world, path.read_text() if state.world.is_main and path.exists() else None)
+    if known is not None:
+        samples: list[dict[str, Any]] = json.loads(known)
+        return samples
+    answers = _answers(state, tokenizer, prompts) if start == 0 else [None] * len(prompts)
+    samples = [
+        {"prompt": prompt.text, "reference": prompt.reference, "before": answer, "after": None}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    _write_samples(state, samples)
+    return samples
+
+
+def _samples_after(state: Run, tokenizer: Tokenizer, prompts: list[Prompt], samples: list[dict[str, Any]]) -> None:
+    answers = _answers(state, tokenizer, prompts)
+    _write_samples(state, [sample | {"after": answer} for sample, answer in zip(samples, answers, strict=True)])
+
+
+def _write_samples(state: Run, samples: list[dict[str, Any]]) -> None:
+    if state.world.is_main and samples:
+        text = json.dumps(samples, indent=2, ensure_ascii=False)
+        write_file(state.reporter.folder / SAMPLES_FILE, text.encode())
+
+
+def _answers(state: Run, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[str]:
+    """Greedy answers; all ranks compute them together."""
+    validation = state.config.validation
+    if validation is None or not prompts:
+        return []
+    texts = [tokenizer.render(prompt.messages, add_generation_prompt=True) for prompt in prompts]
+    limit, stop_ids = validation.sample_tokens, set(tokenizer.stop_ids)
+    answers = [generate(state.model, tokenizer.encode(text), limit, stop_ids, state.world) for text in texts]
+    return [tokenizer.decode(answer).strip() for answer in answers]
+
+
+# --- 9. results ---
+
+
+def _export(state: Run, reader: WeightReader) -> dict[str, str]:
+    """Writes the weights; returns the fields of the Result that name them."""
+    config, folder = state.config, state.reporter.folder
+    if config.lora is None:
+        export_model(state.model, reader.folder, folder / MODEL_DIR, state.world)
+        return {"model_path": MODEL_DIR}
+    export_adapter(state.model, config, folder / ADAPTER_DIR, state.world)
+    if not config.export.merged:
+        return {"adapter_path": ADAPTER_DIR}
+    export_model(state.model, reader.folder, folder / MERGED_DIR, state.world)
+    return {"adapter_path": ADAPTER_DIR, "merged_path": MERGED_DIR}
+
+
+def _finish(state: Run, weights: dict[str, str]) -> Result:
+    """Draws, sums up and writes the result on rank 0; every rank waits for it."""
+    state.reporter.draw()
+    result = None
+    if state.world.is_main:
+        metrics, folder = state.reporter.metrics, state.reporter.folder
+        result = Result(
+            samples_path=SAMPLES_FILE if (folder / SAMPLES_FILE).exists() else None,
+            loss_picture_path=LOSS_PICTURE,
+            final_loss=metrics.last_loss(),
+            initial_validation_loss=metrics.validation_loss(0),
+            final_validation_loss=metrics.validation_loss(state.total),
+            steps=state.total,
+            tokens=sum(int(state.data.lengths[state.sampler.rows(step)].sum()) for step in range(state.total)),
+            **weights,
+        )
+        write_file(folder / RESULT_FILE, result.to_json(indent=2).encode())
+        state.reporter.say(_story(result) + f" in {folder}")
+    shared: Result = broadcast_object(state.world, result)  # type: ignore[assignment] # rank 0 has one
+    return shared
+
+
+# --- what is told ---
+
+
+def _say(world: World, text: str) -> None:
+    if world.is_main:
+        print(text, flush=True)
+
+
+def _plan_text(config: RunConfig, world: World, inputs: Inputs, sampler: Sampler, total: int) -> str:
+    training = config.training
+    per_epoch = sampler.steps_per_epoch
+    epochs = "1 epoch" if training.epochs == 1 else f"{training.epochs} epochs"
+    _, warmup_note = effective_warmup(total, training)
+    lines = [
+        f"model       {config.model.path}",
+        f"data        {config.dataset.path}: {_counts(inputs.data, config)}",
+        f"validation  {config.validation.path}: {_counts(inputs.held_out, config)}"
+        if config.validation and inputs.held_out
+        else "",
+        f"processes   {world.size} on {world.device.type}",
+        f"steps       {total} in batches of {sampler.global_batch} ({epochs} of {per_epoch} steps"
+        + (", cut by training.max_steps)" if total < training.epochs * per_epoch else ")"),
+        f"note        {warmup_note}" if warmup_note else "",
+        f"output      {config.output_dir}",
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _counts(data: Dataset, config: RunConfig) -> str:
+    tokens, labels = data.lengths.sum(), data.label_counts.sum()
+    parts = [f"{data.rows} conversations", f"{tokens:,} tokens, {labels:,} of them carry the loss"]
+    if data.truncated:
+        parts.append(
+            f"{data.truncated} cut to {config.dataset.max_sequence_length} tokens (dataset.max_sequence_length)"
+        )
+    if data.unlabelled:
+        parts.append(f"{data.unlabelled} left out, because nothing in them carries the loss")
+    return "; ".join(parts)
+
+
+def _model_text(
+    config: RunConfig,
+    model: torch.nn.Module,
+    params: dict[str, torch.nn.Parameter],
+    precision: str,
+    choice: tuple[torch.dtype, str],
+) -> str:
+    everything = sum(param.numel() for param in model.parameters())
+    trained = sum(param.numel() for param in params.values())
+    lora, (dtype, why) = config.lora, choice
+    how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}" if lora else "Full"
+    return (
+        f"method      {how}\n"
+        f"trainable   {trained:,} of {everything:,} parameters ({100 * trained / everything:.1f} %)\n"
+        f"precision   {why if _PRECISIONS[dtype] == precision else f'{precision}, as at the first start (here {why})'}"
+    )
+
+
+def _story(result: Result) -> str:
+    loss = f", training loss {result.final_loss:.4f}" if result.final_loss is not None else ""
+    if result.initial_validation_loss is not None and result.final_validation_loss is not None:
+        loss += f", validation loss {result.initial_validation_loss:.4f} -> {result.final_validation_loss:.4f}"
+    paths = [path for path in (result.adapter_path, result.model_path, result.merged_path) if path]
+    return f"trained {result.steps} steps{loss}; results: {', '.join(paths)}"
+
+
+def _tell_failure(error: Exception, folder: Path) -> int:
+    """To people on stderr, to the operator in the termination message. Returns the exit code."""
+    known = _as_job_error(error, folder)
+    rank = os.environ.get("RANK", "0")
+    if known.exit_code == ExitCode.CRASH:
+        traceback.print_exception(error)
+    if rank == "0" or not isinstance(known, SharedError | SavedError):
+        print(f"error: {known}" if rank == "0" else f"error on rank {rank}: {known}", file=sys.stderr, flush=True)
+    checkpoint = known.status if isinstance(known, SavedError) else None
+    message = TerminationMessage(reason=known.exit_code.reason, message=str(known), checkpoint=checkpoint)
+    # The ranks of a pod share one file. The one that lost a peer knows least.
+    if known.exit_code != ExitCode.PEER_LOST or not _has_last_word():
+        write_termination(message)
+    return known.exit_code
+
+
+def _has_last_word() -> bool:
+    log = Path(TERMINATION_LOG)
+    return log.exists() and log.stat().st_size > 0
+
+
+def _as_job_error(error: Exception, folder: Path) -> JobError:
+    if isinstance(error, JobError):
+        return error
+    if (refused := as_output_error(error, folder)) is not None:
+        return refused
+    if distributed.is_peer_lost(error):
+        return distributed.PeerLostError(f"another worker is gone: {error}")
+    if isinstance(error, torch.OutOfMemoryError):
+        return DoesNotFitError(
+            f"the device's memory is too small: {error}. Lower training.batch_size or dataset.max_sequence_length, set "
+            "training.activation_checkpointing to Full, or use more processes"
+        )
+    return JobError(f"{type(error).__name__}: {error}")

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 from layout import BRIDGE, CLUSTER_NAME, DNS_ADDRESS, NODE_ADDRESS, POD_SUBNET, Layout
-from process import PROC, processes, stop
+from process import PROC, alive, processes
 from shell import ClusterError, run, wait_until, which
 
 # The kubelet and kube-proxy set these; `up` notes the values it found, `down` restores them.
@@ -25,6 +26,7 @@ SYSCTLS = (
 CHAIN = re.compile(r"^(KUBE|CNI)-")
 NETWORK_RESULTS = Path("/var/lib/cni/results")
 NETWORK_NAMESPACES = Path("/run/netns")
+CONTAINER_LOGS = Path("/var/log/containers")
 DEVICE_PLUGINS = Path("/var/lib/kubelet/device-plugins")
 CGROUPS = Path("/sys/fs/cgroup")
 SHIM = "containerd-shim"
@@ -67,9 +69,16 @@ def remove_network() -> None:
 
 
 def stop_containers(layout: Layout) -> None:
-    """End every process of our pods and the shims that hold them."""
-    for pid in {*pod_processes(layout), *shims(layout)}:
-        stop(pid, seconds=0)
+    """End every process of our pods and the shims that hold them; pods get no grace here."""
+
+    def gone() -> bool:
+        left = {*pod_processes(layout), *shims(layout)}
+        for pid in left:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        return not any(alive(pid) for pid in left)
+
+    wait_until("the pods' processes are gone", gone, 15)
 
 
 def shims(layout: Layout) -> list[int]:
@@ -187,7 +196,7 @@ def calls_ours(rule: str) -> bool:
 
 def remove_kubelet_files(layout: Layout) -> None:
     """Remove what the kubelet puts in folders of the machine whatever its configuration: links to logs, a socket."""
-    for path in Path("/var/log/containers").glob("*.log"):
+    for path in CONTAINER_LOGS.glob("*.log"):
         if path.is_symlink() and str(path.readlink()).startswith(f"{layout.state}/"):
             path.unlink(missing_ok=True)
     (DEVICE_PLUGINS / "kubelet.sock").unlink(missing_ok=True)

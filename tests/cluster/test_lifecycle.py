@@ -13,7 +13,7 @@ import pytest
 from layout import BRIDGE, DNS_ADDRESS, PAUSE_IMAGE, default_layout
 from machine import CGROUPS
 from sandbox import Sandbox, sandbox
-from shell import wait_until, which
+from shell import environment, wait_until
 from toolchain import NODE_PROGRAMS, content_key, missing_packages
 
 MADE = (default_layout().cache / "bin" / content_key()).is_dir() and not missing_packages(NODE_PROGRAMS)
@@ -53,12 +53,19 @@ def machine() -> Iterator[Sandbox]:
         yield made
 
 
-@pytest.fixture(autouse=True)
-def clean(machine: Sandbox) -> Iterator[None]:
-    """Every test starts and ends without a cluster."""
-    yield
+@pytest.fixture
+def fresh(machine: Sandbox) -> Sandbox:
+    """The sandbox without a cluster."""
     code, out = machine.tool("down")
     assert code == 0, out
+    return machine
+
+
+@pytest.fixture
+def running(machine: Sandbox) -> Sandbox:
+    """The sandbox with a healthy cluster; one that an earlier test left is used on."""
+    up(machine)
+    return machine
 
 
 def state(machine: Sandbox) -> Path:
@@ -119,117 +126,107 @@ def leftovers(machine: Sandbox) -> dict[str, str]:
     return {name: out for name, out in answers.items() if out.strip() and not any(word in out for word in absent)}
 
 
-def test_down_leaves_nothing_behind_even_with_a_running_pod(machine: Sandbox) -> None:
-    up(machine)
-    start_pod(machine)
-    before = leftovers(machine)
-    assert {"processes", "mounts", "bridge", "veth", "rules", "namespaces", "groups", "network records"} <= set(before)
-    code, out = machine.tool("down")
-    assert code == 0, out
-    assert leftovers(machine) == {}
+def test_the_sandbox_does_not_touch_the_machine_outside(machine: Sandbox) -> None:
+    links = ["ip", "-oneline", "link"]
+    outside = subprocess.run(links, env=environment(), capture_output=True, text=True, check=True).stdout
+    inside = machine.run(*links)[1]
+    assert inside.count("\n") == 1
+    assert inside != outside
 
 
-def test_down_is_fine_when_there_is_nothing(machine: Sandbox) -> None:
-    for _ in range(2):
-        code, out = machine.tool("down")
-    assert code == 0, out
-    assert leftovers(machine) == {}
+def test_down_is_fine_when_there_is_nothing(fresh: Sandbox) -> None:
+    assert fresh.tool("down")[0] == 0
+    assert leftovers(fresh) == {}
 
 
-def test_down_after_every_process_was_killed_leaves_nothing_behind(machine: Sandbox) -> None:
-    up(machine)
-    start_pod(machine)
-    kill_everything(machine)
-    code, out = machine.tool("down")
-    assert code == 0, out
-    assert leftovers(machine) == {}
-
-
-def test_a_second_up_restarts_nothing(machine: Sandbox) -> None:
-    up(machine)
-    first = pids(machine)
-    assert len(first) == 10
-    up(machine)
-    assert pids(machine) == first
-
-
-def test_up_repairs_a_cluster_whose_processes_were_all_killed(machine: Sandbox) -> None:
-    up(machine)
-    uid = start_pod(machine)
-    kill_everything(machine)
-    assert machine.tool("status")[0] == 1
-    up(machine)
-    assert machine.tool("status")[0] == 0
-    kubectl(machine, "wait", "--for=condition=Ready", "pod/pod", "--timeout=60s")
-    assert kubectl(machine, "get", "pod", "pod", "-o", "jsonpath={.metadata.uid}") == uid
-
-
-def kill_everything(machine: Sandbox) -> None:
-    """Kill all processes but the sandbox's first, as the end of a session does; mounts and rules stay."""
-    machine.run("pkill", "-KILL", "-f", "kubetune|pause")
-    wait_until("all are dead", lambda: machine.run("pgrep", "-f", "kubetune|pause")[0] == 1, 10)
-
-
-@pytest.mark.parametrize(
-    "moment", ["pki.new", "run/containerd.pid", "run/etcd.pid", "run/kube-apiserver.pid", "kubelet/pods"]
-)
-def test_up_goes_on_after_an_up_that_was_killed(machine: Sandbox, moment: str) -> None:
-    first = machine.start("python3", Path(__file__).with_name("cluster.py"), "up")
-    wait_until(f"{moment} is there", (state(machine) / moment).exists, 30)
-    os.killpg(first.pid, signal.SIGKILL)
-    machine.run("pkill", "-KILL", "-f", "cluster.py up")
-    first.communicate()
-    up(machine)
-    assert machine.tool("status")[0] == 0
-
-
-def test_two_ups_at_once_make_one_cluster(machine: Sandbox) -> None:
-    tool = Path(__file__).with_name("cluster.py")
-    both = [machine.start("python3", tool, "up") for _ in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], outputs
-    assert any("another call of this tool is at work" in out for out in outputs)
-    assert machine.tool("status")[0] == 0
-    assert machine.run("pgrep", "-c", "-x", "kubelet")[1].strip() == "1"
-
-
-def test_a_taken_port_is_named_with_the_program_that_holds_it(machine: Sandbox) -> None:
+def test_a_taken_port_is_named_with_the_program_that_holds_it(fresh: Sandbox) -> None:
     serve = (
         "import socket, time; s = socket.create_server(('127.0.0.1', 6443)); print('ready', flush=True); time.sleep(60)"
     )
-    stranger = machine.start("python3", "-c", serve)
+    stranger = fresh.start("python3", "-c", serve)
     assert stranger.stdout is not None
     assert stranger.stdout.readline() == "ready\n"
-    code, out = machine.tool("up")
-    stranger.kill()
-    machine.run("pkill", "-f", "create_server")
+    code, out = fresh.tool("up")
+    fresh.run("pkill", "-f", "create_server")
     stranger.communicate()
     assert code == 1
     assert "kube-apiserver needs port 6443, which `python3" in out
     assert "Stop that program" in out
 
 
-def test_a_deleted_claim_takes_its_folder_with_it(machine: Sandbox) -> None:
-    up(machine)
-    start_pod(machine)
-    volumes = state(machine) / "volumes"
-    assert len(list(volumes.iterdir())) == 1
-    kubectl(machine, "delete", "pod/pod", "pvc/claim", "--timeout=60s")
-    wait_until("the folder is gone", lambda: not list(volumes.iterdir()), 20)
-    wait_until("the volume is gone", lambda: "No resources" in kubectl(machine, "get", "pv"), 20)
+# A half-made certificate, a container runtime or an API server without what follows, a kubelet without its node.
+@pytest.mark.parametrize("moment", ["pki.new", "run/containerd.pid", "run/kube-apiserver.pid", "kubelet/pods"])
+def test_up_goes_on_after_an_up_that_was_killed(fresh: Sandbox, moment: str) -> None:
+    first = fresh.start("python3", Path(__file__).with_name("cluster.py"), "up")
+    wait_until(f"{moment} is there", (state(fresh) / moment).exists, 60)
+    os.killpg(first.pid, signal.SIGKILL)
+    fresh.run("pkill", "-KILL", "-f", "cluster.py up")
+    first.communicate()
+    up(fresh)
+    assert fresh.tool("status")[0] == 0
 
 
-def test_kubectl_is_the_version_of_the_servers(machine: Sandbox) -> None:
-    up(machine)
-    versions = [line.split()[-1] for line in kubectl(machine, "version").splitlines() if "Kustomize" not in line]
+def test_two_ups_at_once_make_one_cluster(fresh: Sandbox) -> None:
+    tool = Path(__file__).with_name("cluster.py")
+    both = [fresh.start("python3", tool, "up") for _ in range(2)]
+    outputs = [process.communicate(timeout=120)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert any("another call of this tool is at work" in out for out in outputs)
+    assert fresh.tool("status")[0] == 0
+    assert fresh.run("pgrep", "-c", "-x", "kubelet")[1].strip() == "1"
+
+
+def test_a_second_up_restarts_nothing(running: Sandbox) -> None:
+    first = pids(running)
+    assert len(first) == 10
+    up(running)
+    assert pids(running) == first
+
+
+def test_kubectl_is_the_version_of_the_servers(running: Sandbox) -> None:
+    versions = [line.split()[-1] for line in kubectl(running, "version").splitlines() if "Kustomize" not in line]
     assert len(versions) == 2
     assert len(set(versions)) == 1
     assert versions[0].startswith("v1.")
 
 
-def test_the_sandbox_does_not_touch_the_machine_outside(machine: Sandbox) -> None:
-    ip = which("ip") or "ip"
-    inside = machine.run(ip, "-oneline", "link")[1]
-    outside = subprocess.run([ip, "-oneline", "link"], capture_output=True, text=True, check=True).stdout
-    assert inside.count("\n") == 1
-    assert inside != outside
+def test_a_deleted_claim_takes_its_folder_with_it(running: Sandbox) -> None:
+    start_pod(running)
+    volumes = state(running) / "volumes"
+    assert len(list(volumes.iterdir())) == 1
+    kubectl(running, "delete", "pod/pod", "pvc/claim", "--timeout=60s")
+    wait_until("the folder is gone", lambda: not list(volumes.iterdir()), 20)
+    wait_until("the volume is gone", lambda: kubectl(running, "get", "pv", "-o", "name") == "", 20)
+
+
+def test_up_repairs_a_cluster_whose_processes_were_all_killed(running: Sandbox) -> None:
+    uid = start_pod(running)
+    kill_everything(running)
+    assert running.tool("status")[0] == 1
+    up(running)
+    assert running.tool("status")[0] == 0
+    kubectl(running, "wait", "--for=condition=Ready", "pod/pod", "--timeout=60s")
+    assert kubectl(running, "get", "pod", "pod", "-o", "jsonpath={.metadata.uid}") == uid
+
+
+def test_down_leaves_nothing_behind_even_with_a_running_pod(running: Sandbox) -> None:
+    start_pod(running)
+    expected = {"processes", "mounts", "bridge", "veth", "rules", "namespaces", "groups", "network records"}
+    assert expected <= set(leftovers(running))
+    code, out = running.tool("down")
+    assert code == 0, out
+    assert leftovers(running) == {}
+
+
+def test_down_after_every_process_was_killed_leaves_nothing_behind(running: Sandbox) -> None:
+    start_pod(running)
+    kill_everything(running)
+    code, out = running.tool("down")
+    assert code == 0, out
+    assert leftovers(running) == {}
+
+
+def kill_everything(machine: Sandbox) -> None:
+    """Kill all processes but the sandbox's first, as the end of a session does; mounts and rules stay."""
+    machine.run("pkill", "-KILL", "-f", "kubetune|pause")
+    wait_until("all are dead", lambda: machine.run("pgrep", "-f", "kubetune|pause")[0] == 1, 10)

@@ -82,7 +82,7 @@ def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shards: int
         for file in set(weight_map.values()):
             part = {name: state[name] for name in names if weight_map[name] == file}
             save_file(part, folder / file, metadata={"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return write_tokenizer(folder)
 
 
@@ -117,6 +117,34 @@ def tiny(llama_folder: Callable[..., Path]) -> Path:
 def _run_config() -> Callable[..., RunConfig]:
     """`run_config(model_folder, method="Full", ...)`."""
     return run_config
+
+
+@pytest.fixture
+def training_run(tmp_path: Path) -> RunConfig:
+    """A run that can start: 48 sums to learn, 8 held out, LoRA on the tiny model with dropout, 2 x 2 rows a step."""
+    sums = [(a, b) for a in range(8) for b in range(7)]
+    rows = [{"messages": [_said("user", f"{a}+{b}?"), _said("assistant", f"{a + b}.")]} for a, b in sums]
+    for name, chosen in (("train", rows[:48]), ("held-out", rows[48:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    return run_config(
+        write_llama(tmp_path / "model"),
+        adapter={"rank": 4, "alpha": 8, "dropout": 0.1, "target_modules": ALL_LINEAR},
+        dataset={"path": str(tmp_path / "train.jsonl"), "max_sequence_length": 64},
+        validation={"path": str(tmp_path / "held-out.jsonl"), "samples": 2, "sample_tokens": 3},
+        training={
+            "precision": "FP32",
+            "batch_size": 2,
+            "gradient_accumulation_steps": 2,
+            "learning_rate": 0.005,
+            "warmup_steps": 2,
+        },
+        checkpoint={"every_steps": 5},
+        output_dir=str(tmp_path / "out"),
+    )
+
+
+def _said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
 
 
 def run_config(model: Path, **changes: Any) -> RunConfig:
@@ -176,7 +204,9 @@ def _forkserver() -> Any:
     if str(ROOT) not in sys.path:  # ranks find their function by its module's name, such as tests.trainer.test_peft
         sys.path.insert(0, str(ROOT))
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["kubetune_trainer.parallel", "torch.distributed.fsdp"])
+    context.set_forkserver_preload(
+        ["kubetune_trainer.train", "pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict_saver"]
+    )
     return context
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from kubetune_contract.errors import ConfigError
+from kubetune_contract.progress import TerminationMessage
 from kubetune_trainer import launch
 from kubetune_trainer.launch import Nodes
 
@@ -234,7 +235,10 @@ WRONG_NODES = {
     ),
     "no meeting point": (
         {"PET_NNODES": "2"},
-        ["several nodes need the address and port of node 0: PET_MASTER_ADDR and PET_MASTER_PORT"],
+        [
+            "several nodes need the address and port of node 0: "
+            "PET_MASTER_ADDR and PET_MASTER_PORT, or --master_addr and --master_port"
+        ],
     ),
     "two at once": (
         {"PET_NNODES": "0", "PET_NPROC_PER_NODE": "-1"},
@@ -288,10 +292,13 @@ def test_a_rank_that_could_not_speak_gets_a_last_word(tmp_path: Path, monkeypatc
 
 def test_the_workers_own_last_word_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = tmp_path / "termination-log"
-    log.write_text("mine")
+    mine = TerminationMessage(reason="InvalidData", message="line 3").to_json()
+    log.write_text(mine)
     monkeypatch.setattr(launch, "TERMINATION_LOG", str(log))
     launch.run(python("raise SystemExit(65)"), Nodes())
-    assert log.read_text() == "mine"
+    assert log.read_text() == mine
+    launch.run(python("raise SystemExit(1)"), Nodes())
+    assert '"reason":"Crash"' in log.read_text(), "a peer's word does not stand for the culprit"
 
 
 @pytest.mark.parametrize("module", ["launch", "cli", "__main__"])

@@ -411,15 +411,32 @@ def test_only_a_worker_in_a_cluster_posts(monkeypatch: pytest.MonkeyPatch) -> No
 # --- the last word ---
 
 
-def test_the_last_word_is_written_where_the_kubelet_waits_for_it(tmp_path: Path) -> None:
+def test_the_last_word_is_written_where_the_kubelet_waits_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = tmp_path / "termination-log"
+    monkeypatch.setattr(report, "TERMINATION_LOG", str(log))
     message = TerminationMessage(reason="Done", message="x" * 9000, result=Result(steps=1, tokens=2))
-    write_termination(message, log)
+    write_termination(message)
     assert not log.exists(), "outside a container there is no such file"
     log.touch()
-    write_termination(message, log)
+    write_termination(message)
     assert len(log.read_bytes()) <= 4096
     assert TerminationMessage.model_validate_json(log.read_text()).result == message.result
+
+
+def test_a_rank_that_lost_a_peer_leaves_what_the_peer_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = tmp_path / "termination-log"
+    log.touch()
+    monkeypatch.setattr(report, "TERMINATION_LOG", str(log))
+    for reason, kept in (
+        ("PeerLost", "PeerLost"),
+        ("Crash", "Crash"),
+        ("PeerLost", "Crash"),
+        ("InvalidData", "InvalidData"),
+    ):
+        write_termination(TerminationMessage(reason=reason, message=""))
+        assert TerminationMessage.model_validate_json(log.read_text()).reason == kept
 
 
 def test_peak_memory_is_in_bytes() -> None:

@@ -57,7 +57,7 @@ def export_model(model: Llama, source: Path, folder: Path, world: World) -> None
     """
     with _finished_folder(folder, world) as scratch:
         dtype = model.model.embed_tokens.weight.dtype
-        shards = plan_shards(model.config.shapes(), dtype.itemsize)
+        shards = plan_shards(model.config.shapes(), dtype.itemsize, MAX_SHARD)
         for file, names in shards.items():
             tensors = {name: _merged(model, name, world) for name in names}
             if world.is_main:
@@ -72,7 +72,7 @@ def export_model(model: Llama, source: Path, folder: Path, world: World) -> None
                 shutil.copyfile(source / name, scratch / name)
 
 
-def plan_shards(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int = MAX_SHARD) -> dict[str, list[str]]:
+def plan_shards(shapes: dict[str, tuple[int, ...]], itemsize: int, limit: int) -> dict[str, list[str]]:
     """Which file each weight goes into, in order; a file has at most `limit` bytes unless one weight is larger."""
     groups: list[list[str]] = []
     room = 0

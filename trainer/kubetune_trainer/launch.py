@@ -95,7 +95,10 @@ class Nodes:
         if self.rank >= self.count:
             problems.append(f"node rank {self.rank} does not exist among {self.count} nodes: ranks start at 0")
         if self.count > 1 and self.port is None:
-            problems.append("several nodes need the address and port of node 0: PET_MASTER_ADDR and PET_MASTER_PORT")
+            problems.append(
+                "several nodes need the address and port of node 0: "
+                "PET_MASTER_ADDR and PET_MASTER_PORT, or --master_addr and --master_port"
+            )
         return problems
 
 
@@ -146,7 +149,7 @@ def exit_code(codes: Sequence[int]) -> int:
 
 
 def run(command: Sequence[str], nodes: Nodes) -> int:
-    """`launch`, with errors told to people and, where no rank has said why it ended, to the kubelet."""
+    """`launch`, with errors told to people and, where no rank has told it, the reason to the kubelet."""
     try:
         code = launch(command, nodes)
         text = f"a training process ended with exit code {code}" + (
@@ -155,10 +158,15 @@ def run(command: Sequence[str], nodes: Nodes) -> int:
     except JobError as error:
         code, text = int(error.exit_code), str(error)
         print(f"error: {text}", file=sys.stderr, flush=True)
-    log = Path(TERMINATION_LOG)
-    if code and log.exists() and not log.read_text():
-        log.write_text(TerminationMessage(reason=reason_of(code), message=text).fitted().to_json())
+    _last_word(code, text)
     return code
+
+
+def _last_word(code: int, text: str) -> None:
+    """Tells the kubelet what no rank could: one was killed, or the word that stands there is not the culprit's."""
+    log, reason = Path(TERMINATION_LOG), reason_of(code)
+    if code and log.exists() and f'"reason":"{reason}"' not in log.read_text():
+        log.write_text(TerminationMessage(reason=reason, message=text).fitted().to_json())
 
 
 class _Gang:

@@ -20,6 +20,7 @@ from typing import Any, Final, Self, TextIO
 
 import torch
 
+from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.paths import (
     CA_FILE,
     CONFIG_MOUNT,
@@ -361,7 +362,11 @@ class Poster:
             pass
 
 
-def write_termination(message: TerminationMessage, path: Path = Path(TERMINATION_LOG)) -> None:
-    """The container's last word, where the kubelet has made the file for it."""
-    if path.exists():
-        path.write_text(message.fitted().to_json())
+def write_termination(message: TerminationMessage) -> None:
+    """The container's last word, where the kubelet has made the file for it.
+
+    The ranks of a pod share the file. A rank that has lost a peer knows least: it leaves what another one wrote.
+    """
+    log = Path(TERMINATION_LOG)
+    if log.exists() and not (message.reason == ExitCode.PEER_LOST.reason and log.stat().st_size):
+        log.write_text(message.fitted().to_json())

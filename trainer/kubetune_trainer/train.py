@@ -23,7 +23,6 @@ from kubetune_contract.paths import (
     MODEL_DIR,
     RESULT_FILE,
     SAMPLES_FILE,
-    TERMINATION_LOG,
 )
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import distributed
@@ -365,16 +364,8 @@ def _tell_failure(error: Exception, folder: Path) -> int:
     if rank == "0" or not isinstance(known, SharedError | SavedError):
         print(f"error: {known}" if rank == "0" else f"error on rank {rank}: {known}", file=sys.stderr, flush=True)
     checkpoint = known.status if isinstance(known, SavedError) else None
-    message = TerminationMessage(reason=known.exit_code.reason, message=str(known), checkpoint=checkpoint)
-    # The ranks of a pod share one file. The one that lost a peer knows least.
-    if known.exit_code != ExitCode.PEER_LOST or not _has_last_word():
-        write_termination(message)
+    write_termination(TerminationMessage(reason=known.exit_code.reason, message=str(known), checkpoint=checkpoint))
     return known.exit_code
-
-
-def _has_last_word() -> bool:
-    log = Path(TERMINATION_LOG)
-    return log.exists() and log.stat().st_size > 0
 
 
 def _as_job_error(error: Exception, folder: Path) -> JobError:

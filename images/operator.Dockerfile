@@ -17,7 +17,8 @@ print('\n'.join(project['dependencies'] + project['optional-dependencies']['oper
 FROM ${BASE_IMAGE}
 ARG SSL_CERT_FILE
 ARG UV_CACHE_DIR=/var/cache/uv
-RUN useradd --uid 65532 --user-group --create-home --shell /usr/sbin/nologin kubetune \
+RUN groupadd --gid 65532 kubetune \
+ && useradd --uid 65532 --gid 65532 --create-home --shell /usr/sbin/nologin kubetune \
  && rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/*
 ENV PATH=/opt/kubetune/bin:$PATH PYTHONUNBUFFERED=1
 COPY --from=tools /requirements.txt /opt/requirements.txt
@@ -28,7 +29,8 @@ RUN --mount=type=bind,from=tools,source=/tools,target=/tools --mount=type=cache,
  && echo /opt/kubetune/code > "$(echo /opt/kubetune/lib/python3*/site-packages)/kubetune.pth"
 COPY trainer/kubetune_contract /opt/kubetune/code/kubetune_contract
 COPY operator/kubetune_operator /opt/kubetune/code/kubetune_operator
-# The root filesystem is read-only when this runs, so bytecode is written now.
-RUN python -m compileall -q /opt/kubetune/code
+# The root filesystem is read-only when this runs, so bytecode is written now; a clone may be private to its owner.
+RUN chmod -R a+rX /opt/kubetune/code \
+ && python -m compileall -q /opt/kubetune/code
 USER 65532:65532
 ENTRYPOINT ["python", "-m", "kubetune_operator"]

@@ -95,7 +95,8 @@ class Demo:
         where = ["--namespace", SYSTEM_NAMESPACE]
         # A helm that was killed leaves its release locked. The record of such a revision goes; the next one takes over.
         self.kube.kubectl("delete", "secret", *where, "--selector", LOCKED, "--ignore-not-found")
-        options = [*where, "--create-namespace", "--wait", "--timeout", "10m"]
+        # The CRD may be there already, from another release or by hand: it becomes this release's.
+        options = [*where, "--create-namespace", "--take-ownership", "--wait", "--timeout", "10m"]
         self.kube.helm("upgrade", "--install", RELEASE, CHART, *options, *image_values(self.images))
         return "ready"
 

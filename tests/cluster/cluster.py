@@ -20,6 +20,7 @@ import fcntl
 import json
 import os
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -42,6 +43,7 @@ LOCK_SECONDS = 3600
 def main() -> int:
     """Run one subcommand; a ClusterError is printed as it is and ends with 1."""
     arguments = parser().parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # both end our commands too
     try:
         return int(arguments.run(default_layout(), arguments))
     except (ClusterError, OSError) as error:

@@ -92,6 +92,8 @@ def add_pull(plan: Plan, layout: Layout) -> None:
     """Add the step that gives the node the images; the first pod would else wait for torch's layer to be unpacked."""
     if not os.environ.get("REGISTRY"):
         plan.add("images on the node", lambda: pull(layout), after=("image references", "containerd"))
+    before = ("image references", "images on the node")
+    plan.add("old images removed", lambda: remove_old(layout), after=before)
 
 
 def pull(layout: Layout) -> str:
@@ -103,6 +105,27 @@ def pull(layout: Layout) -> str:
     for reference in missing:
         node.ctr(layout, "images", "pull", "--plain-http", "--snapshotter", "overlayfs", reference)
     return "pulled" if missing else "already there"
+
+
+def remove_old(layout: Layout) -> str:
+    """Remove earlier versions here and on the node: another torch takes 5 GB in each. Shared layers stay."""
+    wanted = json.loads(layout.images.read_text()).values()
+    kept = {base_image(), *(f"localhost/{name.rpartition('/')[2]}" for name in wanted)}
+    built = buildah(layout, "images", "--format", "{{.Name}}:{{.Tag}}").split()
+    old = [name for name in built if name.startswith("localhost/kubetune-") and name not in kept]
+    for name in old:
+        buildah(layout, "rmi", name)
+    stale = old_on_node(layout, set(wanted)) if node.containerd_answers(layout) else []
+    for name in stale:
+        node.ctr(layout, "images", "rm", name)
+    return f"{len(old)} here, {len(stale)} on the node"
+
+
+def old_on_node(layout: Layout, wanted: set[str]) -> list[str]:
+    """Return the node's images of earlier versions that no container uses."""
+    used = {word for line in (node.ctr(layout, "containers", "ls") or "").splitlines() for word in line.split()}
+    there = (node.ctr(layout, "images", "ls", "-q") or "").split()
+    return [name for name in there if "/kubetune-" in name and name not in wanted | used]
 
 
 def builder(layout: Layout, source: Source, kind: str) -> Callable[[], str | None]:
@@ -146,10 +169,11 @@ def base_image() -> str:
 
 def ensure_base(layout: Layout, wanted: dict[str, str]) -> str:
     """Make a Debian with Python from packages, unless it is cached or both images are pushed already."""
-    if has_image(layout, base_image()):
-        return "already there"
     if all(pushed(reference) for reference in wanted.values()):
         return "not needed"
+    buildah(layout, "rm", "--all")  # the containers and mounts of builds that were killed
+    if has_image(layout, base_image()):
+        return "already there"
     folder, log = layout.cache / "base", layout.log / "base-image.log"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

@@ -55,18 +55,28 @@ class Plan:
         self.steps[name] = Step(name, work, tuple(other for other in after if other in self.steps))
 
     def run(self) -> None:
-        """Run all steps; raise the first failure after showing it. Steps that run at that moment are ended."""
-        with self.condition:
-            while not all(step.done for step in self.steps.values()):
-                if failed := next((step for step in self.steps.values() if step.error), None):
-                    terminate_all()
-                    self.clear_bar()
-                    raise failed.error or AssertionError
-                for step in self.startable():
-                    self.launch(step)
-                self.draw()
-                self.condition.wait(REDRAW_SECONDS)
-        self.clear_bar()
+        """Run all steps; raise the first failure after showing it, or the interrupt that came from outside.
+
+        Either way the commands that run at that moment are ended: a compiler must not go on without us.
+        """
+        try:
+            with self.condition:
+                self.run_to_end()
+        except BaseException:
+            terminate_all()
+            raise
+        finally:
+            self.clear_bar()
+
+    def run_to_end(self) -> None:
+        """Start steps as they may start until all are done; raise the first failure."""
+        while not all(step.done for step in self.steps.values()):
+            if failed := next((step for step in self.steps.values() if step.error), None):
+                raise failed.error or AssertionError
+            for step in self.startable():
+                self.launch(step)
+            self.draw()
+            self.condition.wait(REDRAW_SECONDS)
 
     def startable(self) -> list[Step]:
         """Return the steps that have not begun and whose predecessors are done."""

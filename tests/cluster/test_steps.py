@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import signal
 import threading
 
 import pytest
@@ -77,6 +78,25 @@ def test_a_failure_ends_a_command_that_runs_beside_it() -> None:
     plan.add("compiler", long)
     plan.add("etcd", fail)
     with pytest.raises(ClusterError, match="no"):
+        plan.run()
+    assert ended.wait(10)
+
+
+def test_an_interrupt_ends_the_commands_that_run() -> None:
+    ended = threading.Event()
+
+    def long() -> None:
+        shell.run(["sleep", "60"], check=False)
+        ended.set()
+
+    def interrupt() -> None:
+        shell.wait_until("the command runs", lambda: bool(shell._running), 10)
+        signal.raise_signal(signal.SIGINT)
+
+    plan = Plan(io.StringIO())
+    plan.add("compiler", long)
+    plan.add("user", interrupt)
+    with pytest.raises(KeyboardInterrupt):
         plan.run()
     assert ended.wait(10)
 

@@ -57,11 +57,10 @@ def test_without_a_progress_endpoint_there_is_no_authority(job):
     assert "ca.crt" not in build.config_map(job(), build.run_config(job()), "")["data"]
 
 
-def test_a_null_that_means_something_reaches_the_trainer(job):
-    config = build.run_config(job(training={"learningRate": 1e-5}))
-    off = config.model_copy(update={"training": config.training.model_copy(update={"max_gradient_norm": None})})
-    written = build.config_map(job(), off, "")["data"]["run.json"]
-    assert RunConfig.model_validate_json(written).training.max_gradient_norm is None
+def test_a_zero_that_means_off_reaches_the_trainer(job):
+    config = build.run_config(job(training={"maxGradientNorm": 0}))
+    written = build.config_map(job(), config, "")["data"]["run.json"]
+    assert RunConfig.model_validate_json(written).training.max_gradient_norm == 0
 
 
 def test_paths_are_those_inside_the_containers(job):

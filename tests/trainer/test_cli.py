@@ -55,7 +55,7 @@ OVERRIDES: dict[str, tuple[list[str], Callable[[RunConfig], Any], Any]] = {
         lambda c: c.adapter and (c.adapter.rank, c.adapter.alpha),
         (4, 16),
     ),
-    "null": (["training.max_gradient_norm=null"], lambda c: c.training.max_gradient_norm, None),
+    "null": (["training.max_steps=null"], lambda c: c.training.max_steps, None),
     "true": (["export.merged=true"], lambda c: c.export.merged, True),
     "a path with an equals sign": (["output_dir=a=b"], lambda c: c.output_dir, "a=b"),
     "a removed key has its default again": (["~training.learning_rate"], lambda c: c.training.learning_rate, 3e-4),

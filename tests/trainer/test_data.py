@@ -181,7 +181,7 @@ def test_an_answer_that_starts_with_white_space_keeps_it(tokenizer: Tokenizer, t
 
 
 ANSWERS = st.text(min_size=1, max_size=12).filter(lambda text: not text[0].isspace())
-"""White space at the start may merge with the line break before it into one token, which the prompt then has a part of."""
+"""White space at the start may merge with the line break before it into one token, which is then half the prompt's."""
 
 
 @given(turns=st.lists(st.tuples(st.text(max_size=12), ANSWERS), min_size=1, max_size=3))

@@ -49,7 +49,7 @@ def step(world: World, config: RunConfig) -> dict[str, Any]:
     loss.backward()
     parameters = trainable(model)
     gradients = gathered(world, {name: p.grad for name, p in parameters.items() if p.grad is not None})
-    norms = [clip_gradients(list(parameters.values()), limit) for limit in (None, 1e-2, None)]
+    norms = [clip_gradients(list(parameters.values()), limit) for limit in (0.0, 1e-2, 0.0)]
     return {"weights": weights, "logits": logits, "loss": loss.item(), "gradients": gradients, "norms": norms}
 
 

@@ -1,6 +1,6 @@
 """RunConfig: everything that decides a run, closed and complete. Every bound, default and rule stands here, once."""
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -122,8 +122,8 @@ class TrainingConfig(ContractModel):
     """Decay of AdamW's mean of squared gradients."""
     epsilon: float = Field(default=1e-8, gt=0, le=1)
     """Term that keeps AdamW's division finite."""
-    max_gradient_norm: float | None = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this global L2 norm; null leaves them as they are."""
+    max_gradient_norm: float = Field(default=1.0, ge=0)
+    """Gradients are scaled down to this global L2 norm; 0 leaves them as they are."""
     seed: int = Field(default=42, ge=0, le=2147483647)
     """Decides the data order, the adapter's first weights and dropout."""
     precision: Literal["Auto", "BF16", "FP32"] = "Auto"
@@ -192,14 +192,6 @@ class RunConfig(ContractModel):
             "full fine-tuning writes a whole model anyway",
         ),
     )
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The document as the trainer reads it. Nulls stay: a null maxGradientNorm is not the same as its default."""
-        return self.model_dump_json(by_alias=True, indent=indent)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The document as JSON values, nulls included."""
-        return self.model_dump(mode="json", by_alias=True)
 
     @property
     def lora(self) -> AdapterConfig | None:

@@ -90,14 +90,14 @@ def _cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
     return {flag for line in lines if line.startswith(("flags", "Features")) for flag in line.split()}
 
 
-def clip_gradients(parameters: list[nn.Parameter], max_norm: float | None) -> float:
+def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     """Scale all gradients down so that their global L2 norm is at most `max_norm`; returns the norm before.
 
-    None only measures. Gradients may be sharded: then all ranks must call it and get the same number.
+    0 only measures. Gradients may be sharded: then all ranks must call it and get the same number.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
-    if max_norm is not None:
+    if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm.item()

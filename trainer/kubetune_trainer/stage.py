@@ -80,7 +80,7 @@ def _parse(text: str) -> StageSource:
 
 
 def stage(source: StageSource, root: Path, token: str | None = None) -> StagedModel:
-    """Make sure that the model lies whole under `root`, and write its manifest. Raises JobError of one of the kinds here.
+    """Make sure that the model lies whole under `root`, and write its manifest. Raises JobError.
 
     `token` opens private and gated repositories.
     """

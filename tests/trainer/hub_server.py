@@ -1,0 +1,139 @@
+"""A small server that speaks as much of the Hugging Face hub's API as downloads need."""
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPO = "acme/tiny-llama"
+TOKEN = "hf_good"
+
+
+class HubServer(ThreadingHTTPServer):
+    """Serves the files of one folder as REPO at revision `main`, `v1` and COMMIT."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.gated = False
+        """Files need TOKEN; what the repository is called and holds does not."""
+        self.private = False
+        """Nothing is told without TOKEN."""
+        self.broken = False
+        """Every answer is 503."""
+        self.cut: dict[str, int] = {}
+        """File -> bytes of its next download after which the connection breaks."""
+        self.sent: dict[str, int] = {}
+        """File -> bytes of its content that went out."""
+        self.requests = 0
+
+    @property
+    def url(self) -> str:
+        """What HF_ENDPOINT must be."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[HubServer]:
+    """A running server."""
+    with HubServer(folder) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def do_GET(self) -> None:
+        self.server.requests += 1
+        path = unquote(urlsplit(self.path).path)
+        if self.server.broken:
+            self._refuse(503, "")
+        elif self.server.private and not self._has_token():
+            self._refuse(401, "RepoNotFound")
+        elif info := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
+            self._tell(*info.groups())
+        elif file := re.fullmatch(rf"/{REPO}/resolve/{COMMIT}/(.+)", path):
+            self._send_file(file[1])
+        else:
+            self._refuse(404, "RepoNotFound")
+
+    do_HEAD = do_GET
+
+    def _tell(self, repo: str, what: str, revision: str) -> None:
+        if repo != REPO:
+            self._refuse(404, "RepoNotFound")
+        elif revision not in ("main", "v1", COMMIT):
+            self._refuse(404, "RevisionNotFound")
+        elif what == "revision":
+            self._send_json({"id": REPO, "sha": COMMIT, "siblings": []})
+        else:
+            files = sorted(file for file in self.server.folder.rglob("*") if file.is_file())
+            self._send_json([self._entry(file) for file in files])
+
+    def _entry(self, file: Path) -> dict[str, Any]:
+        name = str(file.relative_to(self.server.folder))
+        return {"type": "file", "path": name, "size": file.stat().st_size, "oid": _etag(file)}
+
+    def _send_file(self, name: str) -> None:
+        if self.server.gated and not self._has_token():
+            self._refuse(403, "GatedRepo")
+            return
+        file = self.server.folder / name
+        content = file.read_bytes()
+        start = int(re.sub(r"bytes=(\d+)-.*", r"\1", self.headers.get("Range", "bytes=0-")))
+        self.send_response(206 if start else 200)
+        self.send_header("ETag", f'"{_etag(file)}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("Content-Length", str(len(content) - start))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            self._send_content(name, content[start:])
+
+    def _send_content(self, name: str, content: bytes) -> None:
+        limit = self.server.cut.pop(name, None)
+        part = content[:limit]
+        self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
+        self.wfile.write(part)
+        self.close_connection = limit is not None
+
+    def _send_json(self, value: Any) -> None:
+        body = json.dumps(value).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def log_message(self, format: str, *arguments: Any) -> None:
+        pass
+
+
+def _etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()

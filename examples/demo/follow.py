@@ -11,6 +11,7 @@ from kube import Kube, Object
 ENDED = ("Succeeded", "Failed")
 EXPLAINED_BY = {"Staging": "Staged", "Starting": "Started", "Restarting": "Started"}
 """State -> the condition whose message explains it, where they do not have the same name."""
+NO_STEP_YET = "no step yet: pods start, the model is loaded, its held-out loss is measured ..."
 LOST_WATCHES = 30
 """Watches in a row that may fail, a second apart: the API server may restart while the job runs on."""
 
@@ -32,14 +33,14 @@ class Screen:
         if told[0] != self.said[0]:
             self.stay(told[0])
         if told[1] != self.said[1] and not self.out.isatty():
-            self.stay(told[1] or "no progress yet")
+            self.stay(told[1] or NO_STEP_YET)
         self.said = told
         self.tick()
 
     def tick(self) -> None:
         """Draw the live line again; the clock goes on without news."""
         if self.out.isatty() and self.job:
-            line = f"[{self.clock() - self.begun:4.0f}s] {progress_line(self.job) or '...'}"
+            line = f"[{self.clock() - self.begun:4.0f}s] {progress_line(self.job) or NO_STEP_YET}"
             self.out.write("\r\x1b[K" + line[:99])
             self.out.flush()
 

@@ -27,7 +27,6 @@ PHRASINGS = (
     "Explain {path}.",
     "Describe the field {path}.",
     "Tell me about {path}.",
-    "How do I set {path}?",
 )
 HELD_OUT_PHRASING = "What does {path} mean in a FineTuneJob?"
 SHOWN_FIRST = ("workers.nodes", "failurePolicy.maxRestarts", "export.merged")

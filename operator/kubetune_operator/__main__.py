@@ -22,7 +22,6 @@ from kubetune_operator.handlers import (
     kopf_settings,
     registry_for,
     resync,
-    take_list,
     work,
 )
 from kubetune_operator.metrics import Metrics
@@ -85,10 +84,9 @@ class Operator:
         """Reconcile, once everything that exists is known."""
         reconciler = Reconciler(cluster, self.store, self.progress, self.settings, self.metrics)
         await cluster.synced()
-        take_list(await cluster.list_finetunejobs(), self.store, self.queue)
-        log.info("caches are complete: %d FineTuneJobs", len(self.store))
+        log.info("caches are complete")
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(resync(cluster, self.store, self.queue, self.settings))
+            tasks.create_task(resync(cluster, self.store, self.queue, self.settings.resync_seconds))
             for _ in range(self.settings.workers):
                 tasks.create_task(work(self.queue, reconciler, self.metrics))
 

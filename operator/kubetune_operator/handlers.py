@@ -39,6 +39,7 @@ Manifest = dict[str, Any]
 
 KOPF_BACKOFFS: Final = (0.5, *[1.0] * 600)
 """Waits of kopf between requests that fail: its own growing ones cost up to 14 s after an API server's restart."""
+LIST_RETRY_SECONDS: Final = 2.0
 
 log = logging.getLogger(__name__)
 
@@ -247,16 +248,22 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
         metrics.reconcile_seconds.observe(time.monotonic() - started)
 
 
-async def resync(cluster: Cluster, store: Store, queue: WorkQueue, settings: Settings) -> None:
-    """Now and then look at every FineTuneJob, also for what an event should have told. Runs until cancelled."""
+async def resync(cluster: Cluster, store: Store, queue: WorkQueue, seconds: float) -> None:
+    """Look at every FineTuneJob now and every so many seconds, also for what an event should have told.
+
+    Runs until cancelled. Ends with ApiError 404 if there is no such API: kopf would not notice it later.
+    """
     while True:
-        await asyncio.sleep(settings.resync_seconds)
         try:
-            bodies = await cluster.list_finetunejobs()
+            take_list(await cluster.list_finetunejobs(), store, queue)
         except OperatorError as error:
+            if isinstance(error, ApiError) and error.status == 404:
+                log.critical("the API server does not know FineTuneJobs: install the CRD")
+                raise
             log.warning("cannot list FineTuneJobs: %s", error)
-            continue
-        take_list(bodies, store, queue)
+            await asyncio.sleep(min(seconds, LIST_RETRY_SECONDS))
+        else:
+            await asyncio.sleep(seconds)
 
 
 def take_list(bodies: list[Manifest], store: Store, queue: WorkQueue) -> None:

@@ -122,10 +122,21 @@ def remove_old(layout: Layout) -> str:
 
 
 def old_on_node(layout: Layout, wanted: set[str]) -> list[str]:
-    """Return the node's images of earlier versions that no container uses."""
+    """Return the node's references to earlier versions that no container uses.
+
+    The kubelet's side of containerd keeps a second reference by digest for each image, which would hold the layers.
+    """
     used = {word for line in (node.ctr(layout, "containers", "ls") or "").splitlines() for word in line.split()}
-    there = (node.ctr(layout, "images", "ls", "-q") or "").split()
-    return [name for name in there if "/kubetune-" in name and name not in wanted | used]
+    lines = [line.split() for line in (node.ctr(layout, "images", "ls") or "").splitlines()[1:]]
+    return superseded({words[0]: words[2] for words in lines}, wanted | used)
+
+
+def superseded(digests: dict[str, str], kept: set[str]) -> list[str]:
+    """Return the references to drop, given each reference's digest: ours that are not kept, and ids of nothing kept."""
+    ours = [name for name in digests if "/kubetune-" in name and name not in kept]
+    needed = {digest for name, digest in digests.items() if name not in ours and not name.startswith("sha256:")}
+    ours = [name for name in ours if "@" not in name or digests[name] not in needed]
+    return [*ours, *(name for name in digests if name.startswith("sha256:") and digests[name] not in needed)]
 
 
 def builder(layout: Layout, source: Source, kind: str) -> Callable[[], str | None]:

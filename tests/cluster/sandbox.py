@@ -90,7 +90,8 @@ def sandbox(home: Path, binaries: Path) -> Iterator[Sandbox]:
     ready = home / "ready"
     inner = [sys.executable, __file__, str(ready)]
     outer = subprocess.Popen(
-        ["unshare", *PARTS, "--fork", "--mount-proc", "--kill-child", *inner],
+        # A killed test run takes its sandbox with it.
+        ["setpriv", "--pdeathsig", "KILL", "unshare", *PARTS, "--fork", "--mount-proc", "--kill-child", *inner],
         preexec_fn=lambda: join(group),  # noqa: PLW1509 - as above
         stdin=subprocess.DEVNULL,
     )

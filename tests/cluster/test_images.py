@@ -109,6 +109,25 @@ def test_only_a_registry_on_loopback_is_spoken_to_without_tls(reference: str, ve
     assert images.verification(reference) == f"--tls-verify={verified}"
 
 
+def test_old_images_leave_the_node_and_what_is_kept_or_used_or_not_ours_stays() -> None:
+    digests = {
+        "127.0.0.1:5000/kubetune-trainer:new": "sha256:aa",
+        "127.0.0.1:5000/kubetune-trainer@sha256:aa": "sha256:aa",
+        "127.0.0.1:5000/kubetune-trainer:old": "sha256:bb",
+        "127.0.0.1:5000/kubetune-trainer@sha256:bb": "sha256:bb",
+        "127.0.0.1:5000/kubetune-operator:running": "sha256:cc",
+        "127.0.0.1:5000/other:1": "sha256:dd",
+        "localhost/pause:1": "sha256:ee",
+        **{f"sha256:id-{name}": f"sha256:{name}" for name in ("aa", "bb", "cc", "dd", "ee")},
+    }
+    kept = {"127.0.0.1:5000/kubetune-trainer:new", "127.0.0.1:5000/kubetune-operator:running"}
+    assert images.superseded(digests, kept) == [
+        "127.0.0.1:5000/kubetune-trainer:old",
+        "127.0.0.1:5000/kubetune-trainer@sha256:bb",
+        "sha256:id-bb",
+    ]
+
+
 def dockerfile(kind: str) -> str:
     return (REPOSITORY / "images" / f"{kind}.Dockerfile").read_text()
 

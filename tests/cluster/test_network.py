@@ -20,8 +20,13 @@ pytestmark = [
 ]
 
 ASK = """
-import socket, sys, urllib.request
-print(urllib.request.urlopen('http://web', timeout=5).status)
+import socket, time, urllib.request
+for _ in range(100):  # kube-proxy writes its rules up to a second after the pod is Ready
+    try:
+        print(urllib.request.urlopen('http://front', timeout=5).status)
+        break
+    except OSError:
+        time.sleep(0.2)
 socket.create_connection((socket.gethostbyname('kubernetes.default'), 443), 5)
 try:
     socket.gethostbyname('example.org')
@@ -31,7 +36,7 @@ except OSError:
 PODS = """
 apiVersion: v1
 kind: Service
-metadata: {{name: web}}
+metadata: {{name: front}}
 spec: {{selector: {{app: web}}, ports: [{{port: 80, targetPort: 8080}}]}}
 ---
 apiVersion: v1

@@ -129,7 +129,8 @@ def go_build(layout: Layout, target: Path) -> None:
     log = layout.log / "go-build.log"
     flags = f"-s -w {version_flags((HERE / 'go.mod').read_text())}"
     give_to_caller(target)
-    argv = [go, "build", "-o", f"{target}/", "-ldflags", flags, *GO_PACKAGES.values()]
+    # Without -buildvcs=false Go runs git for a version stamp, and a machine may have none.
+    argv = [go, "build", "-buildvcs=false", "-o", f"{target}/", "-ldflags", flags, *GO_PACKAGES.values()]
     run(argv, cwd=HERE, log=log, env={"CGO_ENABLED": "0"}, user=caller())
 
 

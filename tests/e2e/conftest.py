@@ -11,6 +11,7 @@ import run as demo
 import yaml
 from cluster_tool import default_layout
 from kube import Kube
+from tests.trainer.conftest import write_llama
 from volumes_pod import VolumesPod
 
 Object = dict[str, Any]
@@ -165,8 +166,31 @@ class Bench:
         return json.dumps(job.get("status") or {}, indent=2)
 
 
+@pytest.fixture(scope="session")
+def volume(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the models volume holds: a small Llama, a model that is none, and data."""
+    root: Path = tmp_path_factory.mktemp("volume")
+    # Wide enough that a step takes most of a second on one core: the tests must get in between.
+    write_llama(root / "tiny", hidden_size=192, num_hidden_layers=4, intermediate_size=512)
+    bert = write_llama(root / "bert") / "config.json"
+    bert.write_text(
+        json.dumps(json.loads(bert.read_text()) | {"architectures": ["BertForMaskedLM"], "model_type": "bert"})
+    )
+    chats = [(f"What is {n} and {n}?", f"It is {2 * n}. " * 24) for n in range(64)]
+    (root / "data").mkdir()
+    (root / "data" / "train.jsonl").write_text("".join(map(chat, chats)))
+    (root / "data" / "questions.jsonl").write_text("".join(chat((question, None)) for question, _ in chats))
+    return root
+
+
+def chat(turns: tuple[str, str | None]) -> str:
+    """A row of a data file: a question and, where there is one, its answer."""
+    roles = zip(("user", "assistant"), turns, strict=True)
+    return json.dumps({"messages": [{"role": role, "content": text} for role, text in roles if text]}) + "\n"
+
+
 @pytest.fixture(scope="module")
-def bench(kube: Kube, operator: str, tiny_folder: Path, chat_file: Path) -> Iterator[Bench]:
+def bench(kube: Kube, operator: str, volume: Path) -> Iterator[Bench]:
     """A namespace with the small model and its data on the models volume; gone afterwards."""
     name = f"kubetune-e2e-{uuid.uuid4().hex[:6]}"
     images = demo.read_images(default_layout())
@@ -174,8 +198,8 @@ def bench(kube: Kube, operator: str, tiny_folder: Path, chat_file: Path) -> Iter
     kube.apply(*objects)
     bench = Bench(kube, name, images["trainer"])
     bench.files.ensure()
-    bench.files.put(tiny_folder, "tiny")
-    bench.files.put(chat_file.parent, "data")
+    for folder in volume.iterdir():
+        bench.files.put(folder, folder.name)
     yield bench
     kube.kubectl("delete", "finetunejobs", "--all", "--namespace", name)
     kube.kubectl("delete", "namespace", name, "--wait=false")

@@ -11,8 +11,8 @@ def metrics() -> Metrics:
     return Metrics()
 
 
-def value(metrics: Metrics, name: str, **labels: str) -> float | None:
-    return metrics.registry.get_sample_value(name, labels)
+def value(metrics: Metrics, sample: str, /, **labels: str) -> float | None:
+    return metrics.registry.get_sample_value(sample, labels)
 
 
 def progress(**fields) -> Progress:

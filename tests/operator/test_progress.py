@@ -266,13 +266,13 @@ async def secure(tmp_path):
     files = certificate(tmp_path)
     context = server_context(*files)
     app = web.Application()
-    app.router.add_get("/", lambda _: _hello())
+    app.router.add_get("/", _hello)
     runner = await serve(app, 0, context)
     yield runner.addresses[0][1], *files, context
     await runner.cleanup()
 
 
-async def _hello() -> web.Response:
+async def _hello(_: web.Request) -> web.Response:
     return web.Response(text="hello")
 
 

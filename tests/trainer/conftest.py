@@ -199,13 +199,21 @@ def spawn(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]
             process.join()
 
 
+@pytest.fixture(name="forkserver")
+def _forkserver_fixture() -> Any:
+    """The multiprocessing context of spawn(), for ranks that a test wants to kill."""
+    return _forkserver()
+
+
 def _forkserver() -> Any:
     """A server that has imported torch once; each rank is a fork of it and starts in no time."""
     if str(ROOT) not in sys.path:  # ranks find their function by its module's name, such as tests.trainer.test_peft
         sys.path.insert(0, str(ROOT))
     context = multiprocessing.get_context("forkserver")
+    # torch._dynamo: torch imports it for the first optimizer or meta tensor, 1-3 s that each rank would spend again.
+    saver = "torch.distributed.checkpoint.state_dict_saver"
     context.set_forkserver_preload(
-        ["kubetune_trainer.train", "pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict_saver"]
+        ["kubetune_trainer.train", "pytest", "torch.distributed.fsdp", saver, "torch._dynamo"]
     )
     return context
 

@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.profiler import profile
 
 from kubetune_contract.config import RunConfig
-from kubetune_trainer.distributed import World
+from kubetune_trainer.distributed import World, local_rows
 from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader
+from kubetune_trainer.model import Llama
 from kubetune_trainer.parallel import build
 
 Configure = Callable[..., RunConfig]
@@ -70,13 +74,37 @@ def test_the_mode_is_as_before_and_dropout_is_off(
     assert model.training is training
 
 
-def answer(world: World, config: RunConfig) -> list[int]:
-    return generate(build(config, WeightReader(config.model.path), world), PROMPT, 12, {96}, world)
+def gradients(model: Llama) -> list[Tensor]:
+    ids = torch.tensor([PROMPT])
+    model.zero_grad()
+    model(ids, ids).backward()
+    return [local_rows(p.grad)[0].clone() for p in model.parameters() if p.grad is not None]
 
 
-def test_two_ranks_give_the_answer_of_one(
-    tiny: Path, run_config: Configure, spawn: Callable[..., list[Any]], alone: World
+def answer(world: World, config: RunConfig) -> dict[str, Any]:
+    """An answer between two training steps, and how often it gathered weights."""
+    model = build(config, WeightReader(config.model.path), world)
+    before = gradients(model)
+    with profile() as events:
+        tokens = generate(model, PROMPT, 12, {96}, world)
+    again = gradients(model)
+    return {
+        "tokens": tokens,
+        "gathers": sum(event.count for event in events.key_averages() if event.key == "c10d::_allgather_base_"),
+        "same gradients": all(torch.equal(one, other) for one, other in zip(before, again, strict=True)),
+        "sharded": {type(parameter) for parameter in model.parameters()} == {DTensor},
+    }
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_two_ranks_give_the_answer_of_one_and_go_on_training(
+    method: str, tiny: Path, run_config: Configure, spawn: Callable[..., list[Any]], alone: World
 ) -> None:
-    config = run_config(tiny, method="Full")
+    config = run_config(tiny, method=method)
     expected = answer(alone, config)
-    assert spawn(2, answer, config) == [expected, expected]
+    assert expected["same gradients"]
+    for rank in spawn(2, answer, config):
+        assert rank["tokens"] == expected["tokens"]
+        assert rank["gathers"] == 3  # two blocks and the rest, once each, not once for each of 12 tokens
+        assert rank["same gradients"]
+        assert rank["sharded"]

@@ -5,10 +5,12 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -21,7 +23,7 @@ from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.paths import COMPLETE_FILE, TERMINATION_LIMIT
 from kubetune_contract.progress import TerminationMessage
 from kubetune_contract.staging import StageSource, StagingManifest
-from kubetune_trainer.stage import StorageError, _storage, main
+from kubetune_trainer.stage import StorageError, _storage, main, stage
 
 from .hub_server import COMMIT, REPO, TOKEN, HubServer, serve
 
@@ -75,6 +77,8 @@ def hub(tiny: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
     with serve(tiny) as server:
         claim.environment["HF_ENDPOINT"] = server.url
         # What the environment says once, when the client is imported.
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{claim.root.parent}/home/hub")
         monkeypatch.delenv("HF_TOKEN", raising=False)
@@ -103,7 +107,8 @@ def test_a_whole_model_is_described_and_gets_its_manifest(claim: Claim, llama_fo
     assert {file.path: file.sha256 for file in manifest.files} == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
-    assert not (folder / f"{COMPLETE_FILE}.partial").exists()
+    assert stat.S_IMODE((folder / COMPLETE_FILE).stat().st_mode) == 0o644  # workers run as another user
+    assert [file.name for file in folder.glob(".*")] == [COMPLETE_FILE]
 
 
 def access_times(folder: Path) -> dict[str, int]:
@@ -215,8 +220,8 @@ def test_a_claim_that_cannot_be_written_is_told_with_the_remedy(claim: Claim, ti
     message = claim.run("tiny", prefix=prefix)
     assert (claim.code, message.reason) == (ExitCode.OUTPUT_NOT_WRITABLE, "OutputNotWritable")
     assert message.message == (
-        f"{folder}/.complete.partial cannot be written: Permission denied; make the models claim writable for user "
-        f"{os.geteuid()}: staging writes downloads and .complete"
+        f"{folder} cannot be written: Permission denied; make the models claim writable for user {os.geteuid()}: "
+        "staging writes downloads and .complete"
     )
     folder.chmod(0o755)
 
@@ -247,18 +252,22 @@ def test_a_source_that_is_none_is_a_config_error(tmp_path: Path, capsys: pytest.
 
 def test_a_crash_is_told_and_counts_as_a_crash(claim: Claim, tiny: Path) -> None:
     folder = tiny.rename(claim.root / "tiny")
-    (folder / f"{COMPLETE_FILE}.partial").mkdir()
+    (folder / COMPLETE_FILE).mkdir()
     message = claim.stage("tiny")
     assert (claim.code, message.reason) == (ExitCode.CRASH, "Crash")
     assert message.message.startswith("IsADirectoryError: ")
     assert "Traceback" in claim.output
+    assert [file.name for file in folder.glob(".*")] == [COMPLETE_FILE]
 
 
-def test_a_killed_staging_leaves_no_manifest_and_the_next_one_works(claim: Claim, tiny: Path) -> None:
-    folder = tiny.rename(claim.root / "tiny")
-    (folder / f"{COMPLETE_FILE}.partial").write_text('{"version": 1, "mo')
-    assert claim.stage("tiny").reason == "Done"
-    assert sorted(file.name for file in folder.glob(".*")) == [COMPLETE_FILE]
+def test_many_containers_may_stage_one_folder_at_once(claim: Claim, hub: HubServer) -> None:
+    """Jobs with different tokens share the folder of a repository."""
+    document = StageSource(path="huggingface/abc", repo=REPO)
+    with ThreadPoolExecutor() as pool:
+        staged = list(pool.map(lambda _: stage(document, claim.root), range(4)))
+    assert staged == [claim.manifest("huggingface/abc").model] * 4
+    assert claim.stage("huggingface/abc", repo=REPO).staged == staged[0]
+    assert "checked" not in claim.output
 
 
 # --- files from the hub -----------------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Final
+from tempfile import NamedTemporaryFile
+from typing import Final, TextIO
 
 from pydantic import ValidationError
 
@@ -113,8 +114,7 @@ def _unchanged(folder: Path, file: StagedFile) -> bool:
 def _check(folder: Path, source: StageSource) -> StagedModel:
     """Check the files, then write the manifest. Its place is taken first: digests of large files take long."""
     reader = check_model(folder)
-    scratch = folder / f"{COMPLETE_FILE}.partial"
-    with _storage(folder), scratch.open("w") as stream:
+    with _storage(folder), _new_manifest(folder) as stream:
         files = [_digest(folder, name) for name in reader.files()]
         staged = StagedModel(
             path=source.path,
@@ -123,10 +123,22 @@ def _check(folder: Path, source: StageSource) -> StagedModel:
             bytes=sum(file.size for file in files),
         )
         stream.write(StagingManifest(model=staged, files=files).to_json(indent=2))
-        stream.flush()
-        os.fsync(stream.fileno())
-        scratch.rename(folder / COMPLETE_FILE)
     return staged
+
+
+@contextmanager
+def _new_manifest(folder: Path) -> Iterator[TextIO]:
+    """A temporary file of its own, for two containers may stage the same folder; if all goes well it is renamed."""
+    with NamedTemporaryFile("w", prefix=f"{COMPLETE_FILE}.", dir=folder, delete=False) as stream:
+        try:
+            yield stream.file
+            stream.flush()
+            os.fsync(stream.fileno())
+            os.chmod(stream.name, 0o644)
+            os.rename(stream.name, folder / COMPLETE_FILE)
+        except BaseException:
+            os.unlink(stream.name)
+            raise
 
 
 def _digest(folder: Path, name: str) -> StagedFile:
@@ -161,20 +173,20 @@ def _download(source: StageSource, folder: Path, token: str | None) -> None:
     The revision is resolved first: snapshot_download() alone answers with what lies in the folder, however little that
     is, if the hub cannot be reached or refuses.
     """
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi
 
     assert source.repo is not None, "there is nothing to download for a path"
     with _storage(folder), _hub(source):
         folder.mkdir(parents=True, exist_ok=True)
-        commit = HfApi(token=token).model_info(source.repo, revision=source.revision).sha
+        hub = HfApi(token=token)
+        commit = hub.model_info(source.repo, revision=source.revision).sha
         print(f"downloading {source.repo} at {source.revision} ({commit})", flush=True)
-        snapshot_download(
+        hub.snapshot_download(
             source.repo,
             revision=commit,
             local_dir=folder,
             allow_patterns=list(DOWNLOADED),
             ignore_patterns=source.ignore_patterns,
-            token=token,
         )
 
 
@@ -200,7 +212,7 @@ def _hub(source: StageSource) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise _refusal(name, error.response.status_code, error) from error
     except (HTTPError, errors.LocalEntryNotFoundError, errors.XetDownloadError, ConnectionError, TimeoutError) as error:
-        raise SourceUnavailableError(f"the hub cannot be reached for {name}: {error}") from error
+        raise SourceUnavailableError(f"the hub cannot be reached for {name}: {error.__cause__ or error}") from error
     except OSError as error:
         if error.errno is not None:
             raise

@@ -1,0 +1,232 @@
+"""A run that is killed again and again ends with the same bits as one that was left alone."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from kubetune_contract.config import RunConfig
+from kubetune_contract.exit_codes import ExitCode
+from kubetune_trainer import train
+from kubetune_trainer.report import read_metrics
+
+DEADLINE = 120.0
+STEPS = 60
+KILLS = {
+    1: "step",
+    3: "step",
+    8: "save",
+    14: "step",
+    19: "step",
+    25: "save",
+    31: "step",
+    38: "step",
+    44: "save",
+    52: "step",
+}
+"""After which step the run is killed, and whether at once or in the middle of the next save."""
+TWO_RUNS = {"LoRA with dropout": "LoRA", "every weight": "Full"}
+
+
+def be_rank(environment: dict[str, str], config: RunConfig, log: Path) -> None:
+    """A worker as the launcher starts it, without the seconds that importing torch takes."""
+    os.environ |= environment
+    torch.set_num_threads(1)
+    stream = log.open("a")
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    sys.exit(train.main(config))
+
+
+class Ranks:
+    """The processes of one attempt."""
+
+    def __init__(self, context: Any, config: RunConfig, size: int) -> None:
+        with closing(socket.socket()) as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.folder = Path(config.output_dir)
+        self.log = self.folder.with_name(f"{self.folder.name}.log")
+        self.processes = []
+        for rank in range(size):
+            environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "OMP_NUM_THREADS": 1}
+            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if size > 1 else {}
+            texts = {name: str(value) for name, value in environment.items()}
+            self.processes.append(context.Process(target=be_rank, args=(texts, config, self.log)))
+        for process in self.processes:
+            process.start()
+
+    def until(self, holds: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE
+        while not holds():
+            assert time.monotonic() < deadline, f"it did not happen in time\n{self.log.read_text()}"
+            alive = [process for process in self.processes if process.exitcode is None]
+            assert alive, f"all ranks have ended: {self.log.read_text()}"
+            time.sleep(0.001)
+
+    def until_step(self, step: int) -> None:
+        self.until(lambda: any(line["step"] >= step for line in read_metrics(self.folder / "metrics.jsonl")))
+
+    def until_saving(self) -> None:
+        self.until(lambda: any(self.folder.glob("checkpoints/.partial-*")))
+
+    def wait(self) -> list[int]:
+        for process in self.processes:
+            process.join(DEADLINE)
+        return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join()
+
+
+Start = Callable[..., Ranks]
+
+
+@pytest.fixture
+def start(forkserver: Any) -> Iterator[Start]:
+    attempts: list[Ranks] = []
+
+    def begin(config: RunConfig, size: int = 1) -> Ranks:
+        attempts.append(Ranks(forkserver, config, size))
+        return attempts[-1]
+
+    yield begin
+    for attempt in attempts:
+        attempt.kill()
+
+
+def configure(base: RunConfig, name: str, method: str = "LoRA", ranks: int = 1) -> RunConfig:
+    """60 steps in batches of 4 sequences, whatever the number of ranks."""
+    assert base.validation is not None
+    return base.model_copy(
+        update={
+            "method": method,
+            "adapter": base.adapter if method == "LoRA" else None,
+            "training": base.training.model_copy(update={"epochs": 5, "gradient_accumulation_steps": 2 // ranks}),
+            "validation": base.validation.model_copy(update={"every_steps": 7}),
+            "output_dir": str(Path(base.output_dir).with_name(name)),
+        }
+    )
+
+
+def results(config: RunConfig) -> dict[str, Any]:
+    """All that a run leaves, except when it was."""
+    folder = Path(config.output_dir)
+    timeless = ("time", "tokens_per_second")
+    lines = read_metrics(folder / "metrics.jsonl")
+    weights = folder / ("adapter/adapter_model.safetensors" if config.method == "LoRA" else "model/model.safetensors")
+    return {
+        "weights": weights.read_bytes(),
+        "metrics": [{key: value for key, value in line.items() if key not in timeless} for line in lines],
+        "samples": json.loads((folder / "samples.json").read_text()),
+        "result": json.loads((folder / "result.json").read_text()),
+        "checkpoints": sorted(path.name for path in (folder / "checkpoints").iterdir()),
+    }
+
+
+def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
+    for name in one:
+        assert one[name] == other[name], f"{name} differ"
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("case", TWO_RUNS)
+def test_ten_kills_change_no_bit(case: str, ranks: int, training_run: RunConfig, start: Start) -> None:
+    method = TWO_RUNS[case]
+    undisturbed = configure(training_run, "undisturbed", method, ranks)
+    assert start(undisturbed, ranks).wait() == [0] * ranks
+    config = configure(training_run, "killed", method, ranks)
+    for step, moment in KILLS.items():
+        attempt = start(config, ranks)
+        attempt.until_step(step)
+        if moment == "save":
+            attempt.until_saving()
+        victim = step % ranks
+        attempt.processes[victim].kill()
+        codes = attempt.wait()
+        assert codes.pop(victim) == -signal.SIGKILL
+        assert codes == [ExitCode.PEER_LOST] * (ranks - 1), attempt.log.read_text()
+    assert start(config, ranks).wait() == [0] * ranks
+    expected, got = results(undisturbed), results(config)
+    assert_same(expected, got)
+    steps = [line["step"] for line in got["metrics"] if "loss" in line]
+    assert steps == list(range(1, STEPS + 1)), "each step exactly once"
+    validations = [line["step"] for line in got["metrics"] if "validation_loss" in line]
+    assert validations == [*range(0, STEPS, 7), STEPS]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sigterm_to_one_rank_saves_the_step_on_all(ranks: int, training_run: RunConfig, start: Start) -> None:
+    undisturbed = configure(training_run, "undisturbed", ranks=ranks)
+    assert start(undisturbed, ranks).wait() == [0] * ranks
+    config = configure(training_run, "stopped", ranks=ranks)
+    for step in (2, 18):
+        attempt = start(config, ranks)
+        attempt.until_step(step)
+        attempt.processes[-1].terminate()
+        assert attempt.wait() == [ExitCode.SAVED] * ranks
+        done = max(line["step"] for line in read_metrics(attempt.folder / "metrics.jsonl"))
+        assert (attempt.folder / "checkpoints" / f"step-{done:08}").is_dir()
+        assert (
+            f"error: stopped by SIGTERM, saved after step {done} in checkpoints/step-{done:08}"
+            in attempt.log.read_text()
+        )
+    assert start(config, ranks).wait() == [0] * ranks
+    expected, got = results(undisturbed), results(config)
+    del expected["checkpoints"], got["checkpoints"]
+    assert_same(expected, got)
+
+
+def test_another_number_of_ranks_goes_on_with_the_same_batches(training_run: RunConfig, start: Start) -> None:
+    config = configure(training_run, "moved", ranks=2)
+    attempt = start(config, 2)
+    attempt.until_step(12)
+    attempt.processes[0].kill()
+    attempt.wait()
+    last = start(config, 1)
+    assert last.wait() == [0]
+    assert (
+        "resuming    after step 10 of 60; the checkpoint was saved by 2 processes and goes on with 1"
+        in last.log.read_text()
+    )
+    steps = [line["step"] for line in read_metrics(last.folder / "metrics.jsonl") if "loss" in line]
+    assert steps == list(range(1, STEPS + 1))
+    assert json.loads((last.folder / "result.json").read_text())["steps"] == STEPS
+
+
+def test_the_launcher_passes_a_stop_on_and_a_second_start_finishes(training_run: RunConfig, start: Start) -> None:
+    """The whole chain of a pod, once: launcher, two workers, SIGTERM, exit code, resume, done."""
+    undisturbed = configure(training_run, "undisturbed", ranks=2)
+    assert start(undisturbed, 2).wait() == [0, 0]
+    config = configure(training_run, "launched", ranks=2)
+    folder = Path(config.output_dir)
+    file = folder.with_name("run.json")
+    file.write_text(config.to_json())
+    command = [sys.executable, "-m", "kubetune_trainer", "launch", "--config", str(file)]
+    environment = os.environ | {"PET_NPROC_PER_NODE": "2", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as launcher:
+        deadline = time.monotonic() + DEADLINE
+        while not any(line["step"] >= 5 for line in read_metrics(folder / "metrics.jsonl")):
+            assert launcher.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+        launcher.send_signal(signal.SIGTERM)
+        launcher.communicate(timeout=DEADLINE)
+        assert launcher.returncode == ExitCode.SAVED
+    assert not (folder / "result.json").exists()
+    subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, timeout=DEADLINE)
+    expected, got = results(undisturbed), results(config)
+    del expected["checkpoints"], got["checkpoints"]
+    assert_same(expected, got)

@@ -62,7 +62,7 @@ class Operator:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.metrics = Metrics()
-        self.store = Store()
+        self.store = Store(settings.operator_name)
         self.queue = WorkQueue(settings.debounce_seconds)
         self.progress = ProgressStore(settings.progress_write_seconds)
         self.cluster: Cluster | None = None

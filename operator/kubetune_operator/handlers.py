@@ -20,6 +20,7 @@ from kubetune_operator.metrics import Metrics
 from kubetune_operator.names import (
     ATTEMPT_LABEL,
     JOB_LABEL,
+    OPERATOR_LABEL,
     ROLE_LABEL,
     STAGE,
     WORKER,
@@ -30,7 +31,7 @@ from kubetune_operator.names import (
 )
 from kubetune_operator.plan import Observed, Plan, plan, refuse
 from kubetune_operator.progress import ProgressStore
-from kubetune_operator.settings import Settings
+from kubetune_operator.settings import OPERATOR_NAME, Settings
 from kubetune_operator.status import is_finished
 from kubetune_operator.watch import version
 from kubetune_operator.workqueue import WorkQueue
@@ -50,9 +51,10 @@ def key_of(body: Manifest) -> str:
 
 
 class Store:
-    """The newest known body of every FineTuneJob."""
+    """The newest known body of every FineTuneJob that this operator handles."""
 
-    def __init__(self) -> None:
+    def __init__(self, operator: str = OPERATOR_NAME) -> None:
+        self._operator = operator
         self._bodies: dict[str, Manifest] = {}
 
     def __len__(self) -> int:
@@ -66,7 +68,9 @@ class Store:
         return iter(self._bodies)
 
     def offer(self, body: Manifest) -> bool:
-        """Take a body unless a newer one is known; whether it was taken."""
+        """Take a body unless a newer one is known; whether that changed anything."""
+        if body["metadata"].get("labels", {}).get(OPERATOR_LABEL, OPERATOR_NAME) != self._operator:
+            return self.remove(key_of(body))
         known = self._bodies.get(key_of(body))
         if known is not None and version(known) >= version(body):
             return False

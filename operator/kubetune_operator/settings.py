@@ -11,6 +11,8 @@ from kubetune_contract.base import ContractModel, Rule
 from kubetune_contract.errors import explain
 
 PREFIX: Final = "KUBETUNE_"
+OPERATOR_NAME: Final = "kubetune"
+"""The operator of every FineTuneJob that names none."""
 
 
 class SettingsError(Exception):
@@ -42,6 +44,9 @@ class Settings(ContractModel):
     """Base URL of the model hub that staging downloads from, in place of the Hugging Face Hub."""
     namespace: str = Field(min_length=1)
     """Namespace in which the operator runs."""
+    operator_name: str = Field(default=OPERATOR_NAME, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)
+    """Name of this operator. It handles FineTuneJobs that carry it as their label kubetune.io/operator; those without
+    the label belong to the operator with the default name."""
     watch_namespace: str | None = None
     """The only namespace whose FineTuneJobs are handled; None is all of them."""
     progress_url: str | None = Field(default=None, pattern=r"^https://[^/]+$")

@@ -40,9 +40,8 @@ def test_kubectl_wait_returns_for_a_run_that_succeeded(bench, undisturbed):
 def test_the_events_tell_the_run_as_a_story(bench, undisturbed):
     name = undisturbed["metadata"]["name"]
     told = bench.kube.kubectl("describe", "finetunejob", name, "--namespace", bench.namespace)
-    events = told[told.index("Events:") :]
-    order = [events.index(reason) for reason in ("Staged", "Training", "Succeeded")]
-    assert order == sorted(order), events
+    reasons = [line.split()[1] for line in told[told.index("Events:") :].splitlines() if " kubetune " in line]
+    assert [one for one in reasons if one in ("Staged", "Running", "Succeeded")] == ["Staged", "Running", "Succeeded"]
 
 
 def test_a_killed_worker_costs_nothing_the_weights_are_the_same_bits(bench, undisturbed, tmp_path):

@@ -30,6 +30,7 @@ from kube import Kube
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
+from kubetune_operator.names import OPERATOR_LABEL
 
 Object = dict[str, Any]
 SECONDS = 60.0
@@ -63,6 +64,7 @@ class Operator:
         chosen = {
             "namespace": namespace,
             "watch_namespace": namespace,
+            "operator_name": namespace,  # another operator on this cluster leaves our jobs alone
             "trainer_image": "registry.invalid/trainer:1",
             "metrics_port": str(self.port),
             "volume_grace_seconds": "3600",
@@ -129,7 +131,9 @@ class Drill:
 
     def submit(self, name: str = "job", **spec: Any) -> None:
         spec = {"preset": "llama3/8B_lora", "workers": {"nodes": 2}, **spec}
-        self.kubectl("apply", "-f", "-", stdin=self.manifest(name, **spec))
+        manifest = self.manifest(name, **spec)
+        manifest["metadata"]["labels"] = {OPERATOR_LABEL: self.namespace}
+        self.kubectl("apply", "-f", "-", stdin=manifest)
 
     def watch(
         self, *what: str, reached: Callable[[dict[str, Object]], bool], seconds: float = SECONDS

@@ -74,6 +74,26 @@ def test_the_late_deletion_of_a_namesake_removes_nothing(store, body):
     assert len(store) == 1
 
 
+HANDLED = [
+    ("a job without the label, by the default operator", "kubetune", {}, True),
+    ("a job that names the default operator", "kubetune", {"kubetune.io/operator": "kubetune"}, True),
+    ("a job of another operator", "kubetune", {"kubetune.io/operator": "canary"}, False),
+    ("a job of its own, by another operator", "canary", {"kubetune.io/operator": "canary"}, True),
+    ("a job without the label, by another operator", "canary", {}, False),
+]
+
+
+@pytest.mark.parametrize(("operator", "labels", "taken"), [case[1:] for case in HANDLED], ids=[c[0] for c in HANDLED])
+def test_an_operator_handles_only_its_own_jobs(body, operator, labels, taken):
+    assert Store(operator).offer(body(metadata={"labels": labels})) is taken
+
+
+def test_a_job_given_to_another_operator_is_let_go(store, body):
+    store.offer(body())
+    assert store.offer(versioned(body(metadata={"labels": {"kubetune.io/operator": "canary"}}), 9))
+    assert len(store) == 0
+
+
 def test_a_job_without_a_state_is_pending(store, body):
     store.offer(body("a"))
     store.offer(body("b", status={"state": "Running"}))

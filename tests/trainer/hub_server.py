@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -34,6 +35,8 @@ class HubServer(ThreadingHTTPServer):
         """File -> bytes of its next download after which the connection breaks."""
         self.sent: dict[str, int] = {}
         """File -> bytes of its content that went out."""
+        self.downloads: Counter[str] = Counter()
+        """File -> how often its content was asked for."""
         self.requests = 0
 
     @property
@@ -108,6 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_content(name, content[start:])
 
     def _send_content(self, name: str, content: bytes) -> None:
+        self.server.downloads[name] += 1
         limit = self.server.cut.pop(name, None)
         part = content[:limit]
         self.server.sent[name] = self.server.sent.get(name, 0) + len(part)

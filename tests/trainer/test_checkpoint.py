@@ -157,6 +157,23 @@ def test_another_number_of_ranks_gets_the_same_bits_and_says_so(
     assert note is not None
 
 
+def _save_after_validation(world: World, config: RunConfig) -> dict[str, torch.Tensor]:
+    trained = make(config, world, steps=2)
+    expected = contents(trained, world)
+    with torch.no_grad():
+        trained.model(torch.arange(3, 20)[None])
+    Checkpointer(Path(config.output_dir), 2, world).save(2, trained.model, trained.optimizer)
+    return expected
+
+
+def test_a_forward_pass_before_the_save_changes_nothing(
+    full_config: RunConfig, spawn: Callable[..., list[Any]]
+) -> None:
+    expected = spawn(2, _save_after_validation, full_config)[0]
+    loaded, _, _ = spawn(2, _load, full_config)[0]
+    assert_same(loaded, expected)
+
+
 def _save_and_draw(world: World, config: RunConfig) -> list[float]:
     torch.manual_seed(100 + world.rank)
     _save(world, config)

@@ -97,8 +97,6 @@ def test_a_plain_tensor_is_its_own_rows(alone: World) -> None:
 # --- threads ----------------------------------------------------------------------------------------------------------
 
 THREADS: dict[str, tuple[dict[str, str], Callable[[int], int]]] = {
-    "alone on its node": ({"LOCAL_WORLD_SIZE": "1"}, lambda cores: cores),
-    "one process for each core": ({"LOCAL_WORLD_SIZE": "2"}, lambda cores: max(1, cores // 2)),
     "more processes than cores": ({"LOCAL_WORLD_SIZE": "1000"}, lambda _: 1),
     "the user's own number stays": ({"LOCAL_WORLD_SIZE": "1000", "OMP_NUM_THREADS": "2"}, lambda _: 2),
 }

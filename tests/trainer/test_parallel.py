@@ -154,8 +154,8 @@ def test_the_adapter_does_not_touch_torchs_random_state(tiny: Path, run_config: 
 # --- gradients --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [None, 1e9, 0.5], ids=["only measured", "within the limit", "clipped"])
-def test_clipping_equals_torch(limit: float | None) -> None:
+@pytest.mark.parametrize("limit", [0, 1e9, 0.5], ids=["only measured", "within the limit", "clipped"])
+def test_clipping_equals_torch(limit: float) -> None:
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(size, generator=generator) for size in ((3, 5), (7,), (2, 2))]
     ours = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]

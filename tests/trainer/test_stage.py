@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.paths import COMPLETE_FILE, TERMINATION_LIMIT
 from kubetune_contract.progress import TerminationMessage
 from kubetune_contract.staging import StageSource, StagingManifest
-from kubetune_trainer.stage import StorageError, _storage, main, stage
+from kubetune_trainer.stage import LOCK_FILE, StorageError, _storage, main, stage
 
 from .hub_server import COMMIT, REPO, TOKEN, HubServer, serve
 
@@ -91,7 +90,7 @@ def hub(tiny: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
 def test_a_whole_model_is_described_and_gets_its_manifest(claim: Claim, llama_folder: Callable[..., Path]) -> None:
     folder = llama_folder(shards=2).rename(claim.root / "tiny")
     message = claim.run("tiny")
-    files = [file for file in folder.iterdir() if file.name != COMPLETE_FILE]
+    files = [file for file in folder.iterdir() if file.name[0] != "."]
     total = sum(file.stat().st_size for file in files)
     assert (claim.code, message.reason) == (0, "Done")
     assert message.message == f"tiny is ready: 44,880 parameters, {total / 1e9:.2f} GB"
@@ -107,8 +106,7 @@ def test_a_whole_model_is_described_and_gets_its_manifest(claim: Claim, llama_fo
     assert {file.path: file.sha256 for file in manifest.files} == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
-    assert stat.S_IMODE((folder / COMPLETE_FILE).stat().st_mode) == 0o644  # workers run as another user
-    assert [file.name for file in folder.glob(".*")] == [COMPLETE_FILE]
+    assert sorted(file.name for file in folder.glob(".*")) == [COMPLETE_FILE, LOCK_FILE]
 
 
 def access_times(folder: Path) -> dict[str, int]:
@@ -220,8 +218,8 @@ def test_a_claim_that_cannot_be_written_is_told_with_the_remedy(claim: Claim, ti
     message = claim.run("tiny", prefix=prefix)
     assert (claim.code, message.reason) == (ExitCode.OUTPUT_NOT_WRITABLE, "OutputNotWritable")
     assert message.message == (
-        f"{folder} cannot be written: Permission denied; make the models claim writable for user {os.geteuid()}: "
-        "staging writes downloads and .complete"
+        f"{folder}/.complete.lock cannot be written: Permission denied; make the models claim writable for user "
+        f"{os.geteuid()}: staging writes downloads and .complete"
     )
     folder.chmod(0o755)
 
@@ -257,7 +255,14 @@ def test_a_crash_is_told_and_counts_as_a_crash(claim: Claim, tiny: Path) -> None
     assert (claim.code, message.reason) == (ExitCode.CRASH, "Crash")
     assert message.message.startswith("IsADirectoryError: ")
     assert "Traceback" in claim.output
-    assert [file.name for file in folder.glob(".*")] == [COMPLETE_FILE]
+
+
+def test_a_killed_staging_leaves_no_manifest_and_the_next_one_works(claim: Claim, tiny: Path) -> None:
+    folder = tiny.rename(claim.root / "tiny")
+    (folder / f"{COMPLETE_FILE}.partial").write_text('{"version": 1, "mo')
+    (folder / LOCK_FILE).touch()
+    assert claim.stage("tiny").reason == "Done"
+    assert sorted(file.name for file in folder.glob(".*")) == [COMPLETE_FILE, LOCK_FILE]
 
 
 def test_many_containers_may_stage_one_folder_at_once(claim: Claim, hub: HubServer) -> None:
@@ -266,8 +271,7 @@ def test_many_containers_may_stage_one_folder_at_once(claim: Claim, hub: HubServ
     with ThreadPoolExecutor() as pool:
         staged = list(pool.map(lambda _: stage(document, claim.root), range(4)))
     assert staged == [claim.manifest("huggingface/abc").model] * 4
-    assert claim.stage("huggingface/abc", repo=REPO).staged == staged[0]
-    assert "checked" not in claim.output
+    assert set(hub.downloads.values()) == {1}
 
 
 # --- files from the hub -----------------------------------------------------------------------------------------------

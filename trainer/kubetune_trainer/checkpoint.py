@@ -156,11 +156,22 @@ def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Flat names, the same under any number of ranks: `model.<name>`, `optimizer.<name>.exp_avg`, ..."""
+    _reshard(model)
     trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
     tensors: dict[str, torch.Tensor] = {f"model.{name}": param for name, param in trainable.items()}
     for name, param in trainable.items():
+        assert optimizer.state[param], f"{name} has been trained, so the optimizer has a state for it"
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[param].items()}
     return tensors
+
+
+def _reshard(model: torch.nn.Module) -> None:
+    """After a forward pass without a backward pass (validation) FSDP leaves whole copies in its parameters' places."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:

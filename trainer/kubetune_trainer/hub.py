@@ -129,7 +129,7 @@ def _what_is_missing(folder: Path, name: str) -> str:
     if not folder.is_dir():
         return missing_folder(folder)
     remedy = "give a folder in Hugging Face layout: config.json, tokenizer.json and safetensors files"
-    found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:10]) or "nothing"
+    found = ", ".join(_visible_names(folder)[:10]) or "nothing"
     return f"{folder} has no {name}; found: {found}; {remedy}"
 
 
@@ -138,13 +138,17 @@ def missing_folder(folder: Path) -> str:
     parent, name = folder.parent, folder.name
     while not parent.is_dir():
         parent, name = parent.parent, parent.name
-    names = sorted(entry.name for entry in parent.iterdir() if not entry.name.startswith("."))
+    names = _visible_names(parent)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         hint = f"did you mean {' or '.join(near)}?"
     else:
         hint = f"there are: {', '.join(names[:10])}" if names else "it is empty"
     return f"the folder {folder} does not exist: {parent} has no {name}; {hint}"
+
+
+def _visible_names(folder: Path) -> list[str]:
+    return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
 def read_headers(folder: Path) -> dict[str, StoredTensor]:

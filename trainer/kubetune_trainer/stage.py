@@ -6,6 +6,7 @@ the manifest `.complete`; as long as the files keep their sizes and times, nothi
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import os
 import sys
@@ -13,8 +14,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
-from typing import Final, TextIO
+from typing import Final
 
 from pydantic import ValidationError
 
@@ -28,6 +28,8 @@ from kubetune_trainer.hub import check_model, missing_folder
 
 DOWNLOADED: Final = ("*.json", "*.safetensors", "*.jinja", "LICENSE*")
 """Files of a repository that a run or its export uses. Not the same weights in other formats."""
+
+LOCK_FILE: Final = f"{COMPLETE_FILE}.lock"
 
 
 class SourceDeniedError(JobError):
@@ -89,11 +91,34 @@ def stage(source: StageSource, root: Path, token: str | None = None) -> StagedMo
     known = _known(folder, source)
     if known is not None:
         return known
-    if source.repo is not None:
-        _download(source, folder, token)
-    elif not folder.is_dir():
+    if source.repo is None and not folder.is_dir():
         raise ModelError(missing_folder(folder))
-    return _check(folder, source)
+    with _storage(folder), _locked(folder):
+        known = _known(folder, source)  # whoever had the lock may have done it
+        if known is not None:
+            return known
+        if source.repo is not None:
+            _download(source, folder, token)
+        return _check(folder, source)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One container at a time: Jobs with different tokens may stage the same repository into the same folder.
+
+    The kernel gives the lock back, also of a killed container. A file system that knows no locks is used without.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another container that stages {folder}", flush=True)
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise
+        yield
 
 
 def _known(folder: Path, source: StageSource) -> StagedModel | None:
@@ -114,7 +139,8 @@ def _unchanged(folder: Path, file: StagedFile) -> bool:
 def _check(folder: Path, source: StageSource) -> StagedModel:
     """Check the files, then write the manifest. Its place is taken first: digests of large files take long."""
     reader = check_model(folder)
-    with _storage(folder), _new_manifest(folder) as stream:
+    scratch = folder / f"{COMPLETE_FILE}.partial"
+    with scratch.open("w") as stream:
         files = [_digest(folder, name) for name in reader.files()]
         staged = StagedModel(
             path=source.path,
@@ -123,22 +149,10 @@ def _check(folder: Path, source: StageSource) -> StagedModel:
             bytes=sum(file.size for file in files),
         )
         stream.write(StagingManifest(model=staged, files=files).to_json(indent=2))
+        stream.flush()
+        os.fsync(stream.fileno())
+    scratch.rename(folder / COMPLETE_FILE)
     return staged
-
-
-@contextmanager
-def _new_manifest(folder: Path) -> Iterator[TextIO]:
-    """A temporary file of its own, for two containers may stage the same folder; if all goes well it is renamed."""
-    with NamedTemporaryFile("w", prefix=f"{COMPLETE_FILE}.", dir=folder, delete=False) as stream:
-        try:
-            yield stream.file
-            stream.flush()
-            os.fsync(stream.fileno())
-            os.chmod(stream.name, 0o644)
-            os.rename(stream.name, folder / COMPLETE_FILE)
-        except BaseException:
-            os.unlink(stream.name)
-            raise
 
 
 def _digest(folder: Path, name: str) -> StagedFile:
@@ -176,8 +190,7 @@ def _download(source: StageSource, folder: Path, token: str | None) -> None:
     from huggingface_hub import HfApi
 
     assert source.repo is not None, "there is nothing to download for a path"
-    with _storage(folder), _hub(source):
-        folder.mkdir(parents=True, exist_ok=True)
+    with _hub(source):
         hub = HfApi(token=token)
         commit = hub.model_info(source.repo, revision=source.revision).sha
         print(f"downloading {source.repo} at {source.revision} ({commit})", flush=True)

@@ -32,7 +32,8 @@ WATCH_SECONDS: Final = 300
 SILENCE_SECONDS: Final = 120.0
 """A watch on which not even a bookmark came for so long is opened anew. Bookmarks come every minute."""
 TOKEN_CACHE_SECONDS: Final = 60.0
-TOKEN_CACHE_SIZE: Final = 10000
+MEMORY_SIZE: Final = 10000
+"""Tokens, and Events, that are remembered. More of them are all forgotten: that costs only requests."""
 JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
 
 _COLLECTIONS: Final = {
@@ -91,6 +92,7 @@ class Cluster:
         self._namespace = namespace
         self._applied: dict[tuple[str, str, str], str] = {}
         self._tokens: dict[str, tuple[float, PodIdentity | None]] = {}
+        self._posted: dict[tuple[str, str, str, str], tuple[str, int]] = {}
         self.jobs = ObjectCache(_Children(self, "Job"), group_of, changed)
         self.pods = ObjectCache(_Children(self, "Pod"), group_of, changed)
 
@@ -221,32 +223,24 @@ class Cluster:
 
     async def post_event(self, body: Manifest, kind: str, reason: str, message: str) -> None:
         """Post an Event on the FineTuneJob. The same one again only raises its count."""
-        metadata, now = body["metadata"], time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        digest = hashlib.sha256(f"{metadata['uid']}{kind}{reason}{message}".encode()).hexdigest()[:16]
-        namespace, name = metadata["namespace"], f"{metadata['name']}.{digest}"
-        subject = {key: metadata[key] for key in ("name", "namespace", "uid", "resourceVersion")}
-        event = {
-            "apiVersion": "v1",
-            "kind": "Event",
-            "metadata": {"name": name, "namespace": namespace},
-            "involvedObject": {"apiVersion": API_VERSION, "kind": KIND, **subject},
-            "type": kind,
-            "reason": reason,
-            "message": message[:1024],
-            "source": {"component": FIELD_MANAGER},
-            "firstTimestamp": now,
-            "lastTimestamp": now,
-            "count": 1,
-        }
+        key, now = (body["metadata"]["uid"], kind, reason, message), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        name, count = self._posted.get(key, ("", 0))
         try:
-            await self.request("POST", path_of("Event", namespace), {}, event)
+            if count:
+                again = {"count": count + 1, "lastTimestamp": now}
+                path = path_of("Event", body["metadata"]["namespace"], name)
+                await self.request("PATCH", path, {}, again, _MERGE)
         except ApiError as error:
-            if error.status != 409:
+            if error.status != 404:  # events live for an hour
                 raise
-            path = path_of("Event", namespace, name)
-            known = await self.request("GET", path)
-            again = {"count": known.get("count", 1) + 1, "lastTimestamp": now}
-            await self.request("PATCH", path, {}, again, _MERGE)
+            count = 0
+        if not count:
+            event = _event(body, kind, reason, message, now)
+            name = event["metadata"]["name"]
+            await self.request("POST", path_of("Event", body["metadata"]["namespace"]), {}, event)
+        if len(self._posted) >= MEMORY_SIZE:
+            self._posted.clear()
+        self._posted[key] = (name, count + 1)
 
     async def review_token(self, token: str) -> PodIdentity | None:
         """The pod that the progress token was made for; None if it is no such token. Answers are cached a minute."""
@@ -257,7 +251,7 @@ class Cluster:
         spec = {"token": token, "audiences": [TOKEN_AUDIENCE]}
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
         answer = await self.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, review)
-        if len(self._tokens) >= TOKEN_CACHE_SIZE:
+        if len(self._tokens) >= MEMORY_SIZE:
             self._tokens.clear()
         identity = _identity(answer.get("status", {}))
         self._tokens[digest] = (now, identity)
@@ -352,6 +346,25 @@ class _Children:
             if error.status == 410:
                 raise Expired from error
             raise
+
+
+def _event(body: Manifest, kind: str, reason: str, message: str, now: str) -> Manifest:
+    """A new Event. Its name grows with time: kubectl shows those of one second in the order of their names."""
+    metadata = body["metadata"]
+    subject = {key: metadata[key] for key in ("name", "namespace", "uid", "resourceVersion")}
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "metadata": {"name": f"{metadata['name']}.{time.time_ns():x}", "namespace": metadata["namespace"]},
+        "involvedObject": {"apiVersion": API_VERSION, "kind": KIND, **subject},
+        "type": kind,
+        "reason": reason,
+        "message": message[:1024],
+        "source": {"component": FIELD_MANAGER},
+        "firstTimestamp": now,
+        "lastTimestamp": now,
+        "count": 1,
+    }
 
 
 @contextmanager

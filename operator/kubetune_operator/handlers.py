@@ -210,7 +210,10 @@ class Reconciler:
             if is_finished(decided.status):
                 self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
         for event in decided.events:
-            await self._cluster.post_event(body, event.type, event.reason, event.message)
+            try:
+                await self._cluster.post_event(body, event.type, event.reason, event.message)
+            except OperatorError as error:  # the conditions say the same: an event is not worth a second try
+                log.warning("%s: cannot post event %s: %s", key_of(body), event.reason, error)
 
     def _forget(self, key: str) -> None:
         namespace, _, name = key.partition("/")

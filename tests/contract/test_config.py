@@ -126,6 +126,12 @@ def test_a_configuration_survives_its_json() -> None:
     assert '"maxSteps":200' in config.to_json()
 
 
+def test_every_field_is_known_by_both_of_its_spellings() -> None:
+    config = resolve(None, COMPLETE | {"validation": {"path": "v"}, "adapter": {}})
+    assert resolve(None, config.model_dump()) == config
+    assert resolve(None, config.to_dict()) == config
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         resolve(None, COMPLETE).training.epochs = 3  # type: ignore[misc]

@@ -55,6 +55,7 @@ MERGES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "a group replaces a scalar": ({"a": 1}, {"a": {"b": 2}}, {"a": {"b": 2}}),
     "a list is replaced whole": ({"a": [1, 2]}, {"a": [3]}, {"a": [3]}),
     "camelCase and snake_case are one key": ({"max_steps": 1}, {"maxSteps": 2}, {"max_steps": 2}),
+    "a digit in a name is part of its word": ({"beta1": 0.9}, {"beta1": 0.8}, {"beta1": 0.8}),
     "camelCase inside a new group": ({}, {"training": {"maxSteps": 2}}, {"training": {"max_steps": 2}}),
 }
 

@@ -62,22 +62,6 @@ def helm(kube: Kube) -> Command:
     return command
 
 
-@pytest.fixture(scope="module", autouse=True)
-def no_other_operator(kubectl: Command) -> Iterator[None]:
-    """An operator that the demo has installed would act on the tests' FineTuneJobs too: it rests meanwhile."""
-    selector = ["--all-namespaces", "--selector", "app.kubernetes.io/name=kubetune", "--output", "json"]
-    found = json.loads(kubectl("get", "deployments", *selector).stdout)["items"]
-    places = [(one["metadata"]["namespace"], one["metadata"]["name"], one["spec"]["replicas"]) for one in found]
-    for namespace, name, _ in places:
-        kubectl("scale", "deployment", name, "--namespace", namespace, "--replicas=0")
-        pods = ["pod", "--namespace", namespace, "--selector", "app.kubernetes.io/name=kubetune"]
-        gone = kubectl("wait", "--for=delete", *pods, "--timeout=60s")
-        assert gone.returncode == 0, gone.stderr
-    yield
-    for namespace, name, replicas in places:
-        kubectl("scale", "deployment", name, "--namespace", namespace, f"--replicas={replicas}")
-
-
 @pytest.fixture(scope="session")
 def crd(kubectl: Command) -> str:
     """The CustomResourceDefinition of this tree. It stays: deleting it would delete other people's FineTuneJobs."""

@@ -442,6 +442,29 @@ async def test_the_same_event_again_only_raises_its_count(cluster, server, body)
     assert [event["count"] for event in server.objects.values()] == [3]
 
 
+async def test_an_event_that_has_expired_is_posted_anew(cluster, server, body):
+    await cluster.post_event(body(), "Warning", "Restarting", "Worker 1 was lost.")
+    server.objects.clear()
+    server.answers = [refused(404, "not found")]
+    await cluster.post_event(body(), "Warning", "Restarting", "Worker 1 was lost.")
+    assert [event["count"] for event in server.objects.values()] == [1]
+
+
+async def test_posted_events_do_not_fill_the_memory(cluster, monkeypatch, body):
+    monkeypatch.setattr("kubetune_operator.cluster.MEMORY_SIZE", 3)
+    for number in range(9):
+        await cluster.post_event(body(), "Normal", "Staged", str(number))
+    assert len(cluster._posted) <= 3
+
+
+async def test_events_of_one_second_are_in_the_order_of_their_names(cluster, server, body):
+    """As kubectl describe shows them."""
+    for reason in ("Staged", "Starting", "Running", "Succeeded"):
+        await cluster.post_event(body(), "Normal", reason, "Yes.")
+    posted = sorted(server.bodies, key=lambda event: event["metadata"]["name"])
+    assert [event["reason"] for event in posted] == ["Staged", "Starting", "Running", "Succeeded"]
+
+
 async def test_another_message_is_another_event(cluster, server, body):
     await cluster.post_event(body(), "Warning", "Restarting", "Worker 1 was lost.")
     await cluster.post_event(body(), "Warning", "Restarting", "Worker 0 was lost.")
@@ -514,7 +537,7 @@ async def test_a_token_is_reviewed_once_a_minute(cluster, server, monkeypatch):
 
 
 async def test_reviewed_tokens_do_not_fill_the_memory(cluster, server, monkeypatch):
-    monkeypatch.setattr("kubetune_operator.cluster.TOKEN_CACHE_SIZE", 3)
+    monkeypatch.setattr("kubetune_operator.cluster.MEMORY_SIZE", 3)
     server.answers = [reviewed(authenticated=False) for _ in range(9)]
     for number in range(9):
         await cluster.review_token(f"guess-{number}")

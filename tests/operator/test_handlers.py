@@ -423,6 +423,15 @@ async def test_no_event_is_posted_for_a_status_that_was_not_written(stage, body)
     assert stage.api.written == ["PATCH finetunejobs/bot/status"]
 
 
+async def test_an_event_that_cannot_be_posted_changes_nothing(stage, body, caplog):
+    """The namespace may be about to go."""
+    stage = await stage(body(suspend=True))
+    stage.api.refuse["events"] = web.json_response({"message": "namespace is being terminated"}, status=403)
+    assert await stage.reconcile() is None
+    assert stage.status["state"] == "Suspended"
+    assert "cannot post event Suspended: 403" in caplog.text
+
+
 async def test_a_spec_that_cannot_be_read_fails_with_every_problem(stage, body):
     stage = await stage(body(model=None, epochs=3))
     await stage.reconcile()

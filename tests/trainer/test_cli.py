@@ -45,6 +45,7 @@ OVERRIDES: dict[str, tuple[list[str], Callable[[RunConfig], Any], Any]] = {
     "1e-4 is a number": (["training.learning_rate=1e-4"], lambda c: c.training.learning_rate, 1e-4),
     "5E+0 is a number": (["adapter.alpha=5E+0"], lambda c: c.adapter and c.adapter.alpha, 5.0),
     "camelCase is understood": (["training.maxSteps=200"], lambda c: c.training.max_steps, 200),
+    "a name with a digit": (["training.beta1=0.5"], lambda c: c.training.beta1, 0.5),
     "a list": (
         ["adapter.target_modules=[q_proj, v_proj]"],
         lambda c: c.adapter and c.adapter.target_modules,

@@ -22,19 +22,20 @@ from kubetune_trainer.report import read_metrics
 
 DEADLINE = 120.0
 STEPS = 60
-KILLS = {
-    1: "step",
-    3: "step",
-    8: "save",
-    14: "step",
-    19: "step",
-    25: "save",
-    31: "step",
-    38: "step",
-    44: "save",
-    52: "step",
-}
-"""After which step the run is killed, and whether at once or in the middle of the next save."""
+SAVE, STEP = "in the middle of the next save", "at once"
+KILLS = [
+    (1, STEP),
+    (3, STEP),
+    (8, SAVE),
+    (14, STEP),
+    (19, STEP),
+    (25, SAVE),
+    (31, STEP),
+    (38, STEP),
+    (44, SAVE),
+    (52, STEP),
+]
+"""After which step the run is killed, and when."""
 TWO_RUNS = {"LoRA with dropout": "LoRA", "every weight": "Full"}
 
 
@@ -137,8 +138,8 @@ def results(config: RunConfig) -> dict[str, Any]:
 
 
 def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
-    for name in one:
-        assert one[name] == other[name], f"{name} differ"
+    different = [name for name, value in one.items() if value != other[name]]
+    assert different == []
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -148,10 +149,10 @@ def test_ten_kills_change_no_bit(case: str, ranks: int, training_run: RunConfig,
     undisturbed = configure(training_run, "undisturbed", method, ranks)
     assert start(undisturbed, ranks).wait() == [0] * ranks
     config = configure(training_run, "killed", method, ranks)
-    for step, moment in KILLS.items():
+    for step, moment in KILLS:
         attempt = start(config, ranks)
         attempt.until_step(step)
-        if moment == "save":
+        if moment == SAVE:
             attempt.until_saving()
         victim = step % ranks
         attempt.processes[victim].kill()

@@ -25,13 +25,19 @@ from kubetune_trainer.train import SharedError, together
 
 
 @pytest.fixture
-def last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], TerminationMessage]]:
-    """Reads the termination message as the kubelet would. SIGTERM is ours again afterwards."""
+def last_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[], TerminationMessage]:
+    """Reads the termination message as the kubelet would."""
     log = tmp_path / "termination-log"
     log.touch()
     monkeypatch.setattr(report, "TERMINATION_LOG", str(log))
+    return lambda: TerminationMessage.model_validate_json(log.read_text())
+
+
+@pytest.fixture(autouse=True)
+def sigterm() -> Iterator[None]:
+    """train.main() takes SIGTERM for itself; afterwards it is pytest's again."""
     before = signal.getsignal(signal.SIGTERM)
-    yield lambda: TerminationMessage.model_validate_json(log.read_text())
+    yield
     signal.signal(signal.SIGTERM, before)
 
 
@@ -351,5 +357,5 @@ def test_the_trainer_needs_no_model_library_and_starts_lean() -> None:
         "torch.distributed.checkpoint.state_dict_saver",
     )
     code = f"import sys, kubetune_trainer.train; sys.exit(', '.join(set({unwanted}) & set(sys.modules)) or 0)"
-    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -4,7 +4,12 @@ from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, model_validator
-from pydantic.alias_generators import to_camel
+from pydantic.alias_generators import to_camel, to_snake
+
+
+def snake(name: str) -> str:
+    """A field's name in snake_case, from either spelling. (pydantic alone makes beta_1 of beta1.)"""
+    return name if name == name.lower() else to_snake(name)
 
 
 class Rule(NamedTuple):

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
-from pydantic.alias_generators import to_snake
 
+from kubetune_contract.base import snake
 from kubetune_contract.exit_codes import ExitCode, JobError
 
 _CAMEL = re.compile(r"\b[a-z]+(?:[A-Z][a-z0-9]*)+\b")
@@ -24,10 +24,10 @@ class ConfigError(JobError):
         super().__init__("; ".join(self.problems))
 
 
-def explain(error: ValidationError, model: type[BaseModel], spell: Callable[[str], str] = to_snake) -> list[str]:
+def explain(error: ValidationError, model: type[BaseModel], spell: Callable[[str], str] = snake) -> list[str]:
     """One sentence for each problem of `model`'s validation.
 
-    `spell` spells the field names: to_snake for files, to_camel for manifests.
+    `spell` spells the field names: snake for files, to_camel for manifests.
     """
     return [_sentence(problem, model, spell) for problem in error.errors(include_url=False)]
 
@@ -56,7 +56,7 @@ def _nearest(names: list[str], model: type[BaseModel], spell: Callable[[str], st
 
 def _model_at(names: list[str], model: type[BaseModel]) -> type[BaseModel] | None:
     for name in names:
-        field = model.model_fields.get(to_snake(name))
+        field = model.model_fields.get(snake(name))
         candidates = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
         inner = next((kind for kind in candidates if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
         if inner is None:

@@ -7,8 +7,8 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
-from pydantic.alias_generators import to_snake
 
+from kubetune_contract.base import snake
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError, explain
 
@@ -30,7 +30,7 @@ def preset_text(name: str) -> str:
     return (_FOLDER / f"{name}.yaml").read_text()
 
 
-def resolve(preset: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str] = to_snake) -> RunConfig:
+def resolve(preset: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str] = snake) -> RunConfig:
     """The complete configuration: the preset's values, replaced by the overrides'.
 
     Keys of the overrides may be camelCase or snake_case; `spell` is how error messages spell them.
@@ -45,9 +45,9 @@ def resolve(preset: str | None, overrides: Mapping[str, Any], spell: Callable[[s
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the values of `overrides` laid over it, key by key at every depth; keys become snake_case."""
-    merged = {to_snake(key): value for key, value in base.items()}
+    merged = {snake(key): value for key, value in base.items()}
     for key, value in overrides.items():
-        name = to_snake(key)
+        name = snake(key)
         if isinstance(value, Mapping):
             below = merged.get(name)
             merged[name] = merge(below if isinstance(below, Mapping) else {}, value)

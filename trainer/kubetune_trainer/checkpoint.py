@@ -30,7 +30,9 @@ IDENTITY_FILE: Final = "identity.json"
 """In the output folder: what decides the run."""
 _PARTIAL: Final = ".partial-"
 _DIGEST_EDGE: Final = 1 << 20
-_NOT_WRITABLE: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR})
+_NOT_WRITABLE: Final = frozenset(
+    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
+)
 
 
 class OutputError(JobError):

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import yaml
-from pydantic.alias_generators import to_snake
 
+from kubetune_contract.base import snake
 from kubetune_contract.config import Method, RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import ExitCode
@@ -216,7 +216,7 @@ def _base(config: str) -> dict[str, Any]:
 
 
 def _snake(values: Mapping[Any, Any]) -> dict[str, Any]:
-    return {to_snake(str(key)): _snake(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    return {snake(str(key)): _snake(value) if isinstance(value, Mapping) else value for key, value in values.items()}
 
 
 def _known_preset(name: str) -> str:
@@ -242,7 +242,7 @@ def _apply(values: dict[str, Any], override: str) -> None:
 
 
 def _set(values: dict[str, Any], path: str, value: Any) -> None:
-    *above, name = map(to_snake, path.split("."))
+    *above, name = map(snake, path.split("."))
     for key in above:
         below = values.get(key)
         values[key] = below if isinstance(below, dict) else {}
@@ -251,7 +251,7 @@ def _set(values: dict[str, Any], path: str, value: Any) -> None:
 
 
 def _remove(values: dict[str, Any], path: str) -> None:
-    *above, name = map(to_snake, path.split("."))
+    *above, name = map(snake, path.split("."))
     for key in above:
         values = values.get(key) or {}
     if name not in values:

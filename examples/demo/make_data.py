@@ -29,7 +29,7 @@ PHRASINGS = (
     "Tell me about {path}.",
 )
 HELD_OUT_PHRASING = "What does {path} mean in a FineTuneJob?"
-SHOWN_FIRST = ("failurePolicy.maxRestarts", "workers.gpusPerNode", "export.merged")
+SHOWN_FIRST = ("workers.nodes", "failurePolicy.maxRestarts", "export.merged")
 """The first held-out rows: the run answers them before and after training."""
 
 KINDS = {

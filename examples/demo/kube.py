@@ -64,7 +64,8 @@ class Kube:
 
         Ends when the server ends the watch. Raises ClusterError when it could not be followed.
         """
-        words = [*self.words(), "get", kind, name, "--namespace", namespace]
+        # By a selector: of one named object kubectl drops what happens between its read and its watch.
+        words = [*self.words(), "get", kind, f"--field-selector=metadata.name={name}", "--namespace", namespace]
         words += ["--watch", "--output-watch-events", "--output", "json"]
         with subprocess.Popen(words, stdout=PIPE, stderr=PIPE) as process:
             try:

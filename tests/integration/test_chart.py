@@ -217,6 +217,11 @@ RENDERED = {
         lambda found: variables(found)["KUBETUNE_HUB_ENDPOINT"],
         "https://hub.example",
     ),
+    "settings.operatorName": (
+        {"settings": {"operatorName": "second"}},
+        lambda found: variables(found)["KUBETUNE_OPERATOR_NAME"],
+        "second",
+    ),
     "settings.logLevel": (
         {"settings": {"logLevel": "DEBUG"}},
         lambda found: variables(found)["KUBETUNE_LOG_LEVEL"],

@@ -148,7 +148,8 @@ class Decision:
             self.condition(kind, False, obstacle.reason, message)
             self.fail(obstacle.reason, message)
             return
-        self.condition(kind, False, obstacle.reason, prefix + obstacle.message, event="Warning")
+        message = prefix + obstacle.message
+        self.condition(kind, False, obstacle.reason, message[0].upper() + message[1:], event="Warning")
 
     def _grace_is_over(self, obstacle: Obstacle) -> bool:
         since = obstacle.since or self.now

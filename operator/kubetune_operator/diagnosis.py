@@ -191,6 +191,8 @@ def ending(job: Manifest, pods: Iterable[Manifest]) -> Ending | None:
         return None
     first = min(failed, key=lambda pod: (cause_of(pod, since), _finished(pod), index_of(pod)))
     cause = cause_of(first, since)
+    if cause is Cause.UNCLEAR and len(failed) == 1:
+        cause = Cause.REMOVED  # the others certainly went later
     if cause > Cause.DISRUPTION and "DisruptionTarget" in end.get("message", ""):
         return Ending(Cause.DISRUPTION, "Disruption", end["message"])
     return _told(cause, first)

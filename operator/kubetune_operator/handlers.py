@@ -130,8 +130,9 @@ class Reconciler:
         except NameTaken as taken:
             self._conflicts[key] = str(taken)
             decided = self._plan(body)  # which says so, and when to try again
-        await self._tell(body, decided)
-        return decided.requeue_after
+        told = await self._tell(body, decided)
+        # What a new status makes possible is planned from it; its event is no news, it was taken in already.
+        return self._settings.debounce_seconds if told else decided.requeue_after
 
     def _plan(self, body: Manifest) -> Plan:
         now = datetime.now(UTC)
@@ -195,25 +196,26 @@ class Reconciler:
         for deletion in decided.delete:
             await self._cluster.delete(deletion.kind, namespace, deletion.name, deletion.uid)
 
-    async def _tell(self, body: Manifest, decided: Plan) -> None:
-        """Write the status if it changed, then post the events that explain the change."""
-        known = FineTuneJobStatus.model_validate(body.get("status") or {})
-        if decided.status != known:
-            try:
-                answer = await self._cluster.write_status(body, decided.status.to_dict())
-            except ApiError as error:
-                if error.status in (404, 409):
-                    await self._is_current(body)
-                raise
-            self._metrics.status_writes.inc()
-            self._store.offer(answer)
-            if is_finished(decided.status):
-                self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
+    async def _tell(self, body: Manifest, decided: Plan) -> bool:
+        """Write the status and post the events that explain it, if it changed; whether it did."""
+        if decided.status == FineTuneJobStatus.model_validate(body.get("status") or {}):
+            return False
+        try:
+            answer = await self._cluster.write_status(body, decided.status.to_dict())
+        except ApiError as error:
+            if error.status in (404, 409):
+                await self._is_current(body)
+            raise
+        self._metrics.status_writes.inc()
+        self._store.offer(answer)
+        if is_finished(decided.status):
+            self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
         for event in decided.events:
             try:
                 await self._cluster.post_event(body, event.type, event.reason, event.message)
             except OperatorError as error:  # the conditions say the same: an event is not worth a second try
                 log.warning("%s: cannot post event %s: %s", key_of(body), event.reason, error)
+        return True
 
     def _forget(self, key: str) -> None:
         namespace, _, name = key.partition("/")

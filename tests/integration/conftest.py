@@ -11,6 +11,7 @@ from cluster_tool import REPOSITORY, ClusterError, default_layout, run
 from kube import Kube
 
 from kubetune_operator import api
+from kubetune_operator.names import OPERATOR_LABEL
 
 Object = dict[str, Any]
 Command = Callable[..., CompletedProcess[str]]
@@ -117,7 +118,8 @@ def manifest() -> Callable[..., Object]:
         return {
             "apiVersion": api.API_VERSION,
             "kind": api.KIND,
-            "metadata": {"name": name},
+            # An operator that the demo has installed leaves other operators' jobs alone.
+            "metadata": {"name": name, "labels": {OPERATOR_LABEL: "nobody"}},
             "spec": merge(spec, changes),
         }
 

@@ -1,37 +1,27 @@
-"""From events to writes: the store, the reconciler with a real client against a small HTTP server, and the workers."""
+"""From events to keys: what is known of FineTuneJobs, what is looked at when, and the workers that look."""
 
 import asyncio
-import json
 from typing import Any
 
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
-from kubernetes.aio import client as kubernetes
 
-from kubetune_contract.progress import Progress, ProgressReport, Result, TerminationMessage
-from kubetune_contract.staging import StagedModel
-from kubetune_operator.cluster import Cluster
-from kubetune_operator.errors import Unreachable
+from kubetune_operator.errors import ApiError, Unreachable
 from kubetune_operator.handlers import (
-    Reconciler,
     Store,
     key_of,
     keys_of_child,
     kopf_settings,
     registry_for,
+    resync,
     take_event,
     take_list,
     work,
 )
 from kubetune_operator.metrics import Metrics
-from kubetune_operator.progress import ProgressStore
 from kubetune_operator.workqueue import WorkQueue
 
 Object = dict[str, Any]
 DEADLINE = 5.0
-STAGED = StagedModel(path="models/llama", architecture="LlamaForCausalLM", parameters=1, bytes=1)
-CONDITION = {"lastTransitionTime": "2030-01-01T12:00:00Z", "reason": "Why", "message": ""}
 
 
 # ---------------------------------------------------------------- the store
@@ -188,6 +178,44 @@ async def test_kopfs_handler_feeds_store_and_queue(store, queue, body):
     assert await taken(queue) == ["team/bot"]
 
 
+class Listing:
+    """Stands where the cluster stands: answers lists as the test says, then waits for ever."""
+
+    def __init__(self, *answers: list[Object] | Exception) -> None:
+        self.answers = list(answers)
+
+    async def list_finetunejobs(self) -> list[Object]:
+        if not self.answers:
+            await asyncio.Event().wait()
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+async def test_all_jobs_are_looked_at_at_the_start_and_again(store, queue, body):
+    listing = Listing([body("a")], [body("a"), body("b")], [])
+    task = asyncio.create_task(resync(listing, store, queue, seconds=0.01))
+    await until(lambda: not listing.answers and list(store) == [])
+    task.cancel()
+    assert sorted(await taken(queue)) == ["team/a", "team/b"]
+
+
+async def test_a_list_that_fails_is_tried_again(store, queue, body, caplog):
+    listing = Listing(Unreachable("down"), ApiError(403, "no"), [body()])
+    task = asyncio.create_task(resync(listing, store, queue, seconds=0.01))
+    await until(lambda: len(store) == 1)
+    task.cancel()
+    assert "cannot list FineTuneJobs: down" in caplog.text
+
+
+async def test_without_the_crd_the_operator_ends(store, queue, caplog):
+    """kopf looks for resources once: an operator that waited would be deaf when the CRD comes."""
+    with pytest.raises(ApiError):
+        await resync(Listing(ApiError(404, "not found")), store, queue, seconds=60)
+    assert "install the CRD" in caplog.text
+
+
 # ---------------------------------------------------------------- whose child is it
 
 
@@ -216,320 +244,6 @@ def test_items_of_a_list_have_no_kind(job, stage_job, attempt_job):
     staging = stage_job(job())
     del staging["kind"]
     assert keys_of_child(staging, lambda *_: None) == ["team/bot"]
-
-
-# ---------------------------------------------------------------- the reconciler
-
-
-class Api:
-    """Just enough of the API server for one FineTuneJob: what was written is in `writes`."""
-
-    def __init__(self, body: Object) -> None:
-        self.body: Object | None = body
-        self.writes: list[tuple[str, str, Object]] = []
-        self.refuse: dict[str, web.Response] = {}
-        self.version = 100
-
-    def app(self) -> web.Application:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", self.handle)
-        return app
-
-    async def handle(self, request: web.Request) -> web.Response:
-        text = await request.text()
-        body = json.loads(text) if text else {}
-        last = request.path.rsplit("/", 1)[-1]
-        if request.method == "GET":
-            return await self.read(request.path)
-        what = request.path.split("/namespaces/team/")[-1]
-        self.writes.append((request.method, what, body))
-        if what in self.refuse:
-            return self.refuse.pop(what)
-        self.version += 1
-        if last == "status":
-            assert self.body is not None
-            self.body = versioned({**self.body, "status": body["status"]}, self.version)
-            return web.json_response(self.body)
-        manifest = {"spec": {}, **body}
-        manifest["metadata"] = {"uid": f"uid-{self.version}", **manifest.get("metadata", {})}
-        return web.json_response(versioned(manifest, self.version))
-
-    async def read(self, path: str) -> web.Response:
-        if "finetunejobs" in path and self.body is not None:
-            return web.json_response(self.body)
-        if path.endswith("/services/bot"):
-            return web.json_response({"metadata": {"name": "bot", "uid": "theirs"}})
-        return web.json_response({"message": "not found"}, status=404)
-
-    @property
-    def written(self) -> list[str]:
-        """The writes, in short."""
-        return [f"{method} {what}" for method, what, _ in self.writes]
-
-
-class Stage:
-    """A reconciler between an API server and caches that the test fills by hand."""
-
-    def __init__(self, api: Api, cluster: Cluster, settings: Any) -> None:
-        self.api = api
-        self.cluster = cluster
-        self.store = Store()
-        self.progress = ProgressStore(settings.progress_write_seconds)
-        self.metrics = Metrics()
-        self.reconciler = Reconciler(cluster, self.store, self.progress, settings, self.metrics)
-        if api.body is not None:
-            self.store.offer(api.body)
-
-    async def reconcile(self) -> float | None:
-        return await self.reconciler.reconcile("team/bot")
-
-    @property
-    def status(self) -> Object:
-        assert self.api.body is not None
-        return self.api.body.get("status", {})
-
-    def condition(self, kind: str) -> Object:
-        return next(item for item in self.status["conditions"] if item["type"] == kind)
-
-    def add(self, cache: Any, manifest: Object) -> Object:
-        manifest["metadata"].setdefault("resourceVersion", "50")
-        cache._put(manifest)
-        return manifest
-
-
-@pytest.fixture
-async def stage(settings, tmp_path):
-    """stage(body): a reconciler for that FineTuneJob."""
-    (tmp_path / "ca.crt").write_text("PEM")
-    chosen = settings.model_copy(update={"ca_file": tmp_path / "ca.crt"})
-    cleanups = []
-
-    async def make(body: Object) -> Stage:
-        api = Api(body)
-        server = TestServer(api.app())
-        await server.start_server()
-        configuration = kubernetes.Configuration()
-        configuration.host = str(server.make_url("")).rstrip("/")
-        cluster = Cluster(kubernetes.ApiClient(configuration), None, lambda _: None)
-        cleanups.extend([cluster.close, server.close])
-        return Stage(api, cluster, chosen)
-
-    yield make
-    for cleanup in cleanups:
-        await cleanup()
-
-
-@pytest.fixture
-def staged_body(body):
-    """A FineTuneJob whose model is staged."""
-
-    def make(**more: Any) -> Object:
-        status = {
-            "observedGeneration": 1,
-            "staged": STAGED.to_dict(),
-            "conditions": [{"type": "Staged", "status": "True", **CONDITION}],
-            **more,
-        }
-        return body(status=status)
-
-    return make
-
-
-async def test_a_new_job_is_three_writes(stage, body):
-    """The staging Job, the status; a new staging is no event yet."""
-    stage = await stage(body())
-    await stage.reconcile()
-    assert [line.split("-")[0] for line in stage.api.written] == [
-        "PATCH jobs/kubetune",
-        "PATCH finetunejobs/bot/status",
-    ]
-    assert stage.status["state"] == "Staging"
-    assert stage.store.get("team/bot")["status"]["state"] == "Staging", "the own write is known before its event"
-
-
-async def test_a_staged_job_gets_its_children_then_its_status_then_its_event(stage, staged_body):
-    stage = await stage(staged_body())
-    await stage.reconcile()
-    assert stage.api.written == [
-        "POST configmaps",
-        "POST services",
-        "POST jobs",
-        "PATCH finetunejobs/bot/status",
-        "POST events",
-    ]
-    assert stage.api.writes[0][2]["data"]["ca.crt"] == "PEM"
-
-
-async def test_nothing_is_written_when_nothing_changes(stage, staged_body, job, attempt_job, pod):
-    stage = await stage(staged_body())
-    owner = stage.add(stage.cluster.jobs, attempt_job(job(), 1))
-    for index in (0, 1):
-        stage.add(stage.cluster.pods, pod(owner, index, ready=True))
-    await stage.reconcile()
-    assert stage.status["state"] == "Running"
-    before = len(stage.api.writes)
-    for _ in range(3):
-        await stage.reconcile()
-    assert len(stage.api.writes) == before
-
-
-async def test_no_job_is_created_for_a_finetunejob_that_is_gone(stage, staged_body):
-    """The event of its deletion may still be under way."""
-    stage = await stage(staged_body())
-    stage.api.body = None
-    assert await stage.reconcile() == 0
-    assert stage.api.written == []
-    assert stage.store.get("team/bot") is None
-    assert await stage.reconcile() is None
-
-
-async def test_no_job_is_created_from_an_old_body(stage, staged_body):
-    """Somebody has suspended it a moment ago."""
-    stage = await stage(staged_body())
-    newer = versioned(staged_body(), 90)
-    newer["spec"] = {**newer["spec"], "suspend": True}
-    stage.api.body = newer
-    assert await stage.reconcile() == 0
-    assert stage.api.written == []
-    await stage.reconcile()
-    assert stage.api.written == ["PATCH finetunejobs/bot/status", "POST events"]
-    assert stage.status["state"] == "Suspended"
-
-
-async def test_no_job_is_created_for_a_namesake(stage, staged_body):
-    stage = await stage(staged_body())
-    stage.api.body = versioned(staged_body(), 90)
-    stage.api.body["metadata"]["uid"] = "another"
-    assert await stage.reconcile() == 0
-    assert stage.api.written == []
-
-
-async def test_a_status_that_somebody_else_changed_is_read_again(stage, body):
-    stage = await stage(body(suspend=True))
-    stage.api.refuse["finetunejobs/bot/status"] = web.json_response({"message": "modified"}, status=409)
-    stage.api.body = versioned(body(suspend=True, metadata={"generation": 2}), 90)
-    with pytest.raises(Exception, match="409: modified"):
-        await stage.reconcile()
-    assert stage.store.get("team/bot")["metadata"]["resourceVersion"] == "90"
-    await stage.reconcile()
-    assert stage.status["observedGeneration"] == 2
-
-
-async def test_no_event_is_posted_for_a_status_that_was_not_written(stage, body):
-    stage = await stage(body(suspend=True))
-    stage.api.refuse["finetunejobs/bot/status"] = web.json_response({"message": "down"}, status=500)
-    with pytest.raises(Exception, match="500: down"):
-        await stage.reconcile()
-    assert stage.api.written == ["PATCH finetunejobs/bot/status"]
-
-
-async def test_an_event_that_cannot_be_posted_changes_nothing(stage, body, caplog):
-    """The namespace may be about to go."""
-    stage = await stage(body(suspend=True))
-    stage.api.refuse["events"] = web.json_response({"message": "namespace is being terminated"}, status=403)
-    assert await stage.reconcile() is None
-    assert stage.status["state"] == "Suspended"
-    assert "cannot post event Suspended: 403" in caplog.text
-
-
-async def test_a_spec_that_cannot_be_read_fails_with_every_problem(stage, body):
-    stage = await stage(body(model=None, epochs=3))
-    await stage.reconcile()
-    assert stage.condition("Failed")["reason"] == "InvalidConfig"
-    assert "spec.model: a value is required" in stage.condition("Failed")["message"]
-    assert "spec.epochs: unknown field" in stage.condition("Failed")["message"]
-
-
-async def test_a_taken_name_is_told_and_given_up_when_it_is_free(stage, staged_body):
-    stage = await stage(staged_body())
-    stage.api.refuse["services"] = web.json_response({"message": "exists"}, status=409)
-    assert await stage.reconcile() == 10
-    started = stage.condition("Started")
-    assert started["reason"] == "NameConflict"
-    assert 'Service "bot" exists in namespace team and does not belong to this FineTuneJob' in started["message"]
-    assert "POST jobs" not in stage.api.written
-    await stage.reconcile()
-    assert "POST jobs" in stage.api.written
-    await stage.reconcile()
-    assert stage.condition("Started")["reason"] != "NameConflict"
-
-
-async def test_the_verdict_is_written_before_workers_are_removed(stage, staged_body, job, attempt_job, pod, condition):
-    stage = await stage(staged_body())
-    owner = stage.add(stage.cluster.jobs, attempt_job(job(), 1))
-    words = condition("PodScheduled", "False", "Unschedulable", 'persistentvolumeclaim "tuned" not found')
-    waiting = pod(owner, 0, "Pending", conditions=(words,), creationTimestamp="2020-01-01T00:00:00Z")
-    stage.add(stage.cluster.pods, waiting)
-    await stage.reconcile()
-    assert stage.api.written == ["PATCH finetunejobs/bot/status", "POST events"]
-    await stage.reconcile()
-    assert stage.api.written[2:] == ["DELETE jobs/bot-a1"]
-
-
-async def test_a_report_reaches_status(stage, staged_body, job, attempt_job, pod):
-    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
-    owner = stage.add(stage.cluster.jobs, attempt_job(job(), 1))
-    stage.add(stage.cluster.pods, pod(owner, 0, ready=True))
-    report = ProgressReport(progress=Progress(step=5, total_steps=50, epoch=0.1, percentage=10, loss=2.0))
-    stage.progress.put("team/bot", 1, "uid", report, now=0)
-    await stage.reconcile()
-    assert stage.status["progress"]["step"] == 5
-    assert stage.status["display"] == {"progress": "10%", "loss": "2"}
-
-
-async def test_a_finished_training_is_shown_in_metrics_no_more(
-    stage, staged_body, job, attempt_job, pod, condition, terminated
-):
-    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
-    stage.metrics.training("team", "bot", Progress(step=5, total_steps=50, epoch=0.1, percentage=10))
-    owner = stage.add(stage.cluster.jobs, attempt_job(job(), 1, (condition("Complete"),)))
-    word = TerminationMessage(reason="Done", message="done", result=Result(adapter_path="adapter", steps=50, tokens=1))
-    stage.add(stage.cluster.pods, pod(owner, 0, "Succeeded", state=terminated(0, message=word.to_json())))
-    await stage.reconcile()
-    assert stage.status["state"] == "Succeeded"
-    labels = {"namespace": "team", "name": "bot"}
-    assert stage.metrics.registry.get_sample_value("kubetune_training_step", labels) is None
-
-
-async def test_children_of_a_deleted_namesake_are_not_ours(stage, body, job, attempt_job, pod):
-    """Its Job may be about to be collected; only its live pods hold the next gang up."""
-    stage = await stage(body())
-    theirs = attempt_job(job(metadata={"uid": "earlier-0000"}), 1)
-    stage.add(stage.cluster.jobs, theirs)
-    stage.add(stage.cluster.pods, pod(theirs, 0, "Running"))
-    stage.add(stage.cluster.pods, pod(theirs, 1, "Failed"))
-    observed = stage.reconciler.observe(job())
-    assert observed.attempt_jobs == {}
-    assert [item["metadata"]["name"] for item in observed.pods] == ["bot-a1-0-x0"]
-
-
-async def test_the_last_sight_of_a_pod_counts_if_its_job_was_ours(stage, body, job, attempt_job, pod):
-    stage = await stage(body())
-    owner = stage.add(stage.cluster.jobs, attempt_job(job(), 1))
-    gone = stage.add(stage.cluster.pods, pod(owner, 0))
-    stage.cluster.pods._remove(gone)
-    assert len(stage.reconciler.observe(job()).gone_pods) == 1
-    stage.cluster.jobs._remove(owner)
-    assert len(stage.reconciler.observe(job()).gone_pods) == 1, "also when the Job is gone"
-
-
-async def test_a_staging_job_is_shared_while_another_job_waits_for_it(stage, body, job, stage_job):
-    stage = await stage(body())
-    staging = stage_job(job())
-    staging["metadata"]["ownerReferences"].append({"kind": "FineTuneJob", "name": "other", "uid": "other-uid"})
-    stage.add(stage.cluster.jobs, staging)
-    assert not stage.reconciler.observe(job()).stage_shared
-    stage.store.offer(body("other", metadata={"uid": "other-uid"}))
-    assert stage.reconciler.observe(job()).stage_shared
-
-
-async def test_pods_of_an_earlier_staging_job_of_the_name_tell_nothing(stage, body, job, stage_job, pod):
-    stage = await stage(body())
-    earlier = stage_job(job())
-    earlier["metadata"]["uid"] = "earlier"
-    stage.add(stage.cluster.pods, pod(earlier))
-    stage.add(stage.cluster.jobs, stage_job(job()))
-    assert stage.reconciler.observe(job()).stage_pods == []
 
 
 # ---------------------------------------------------------------- workers

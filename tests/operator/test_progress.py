@@ -268,7 +268,9 @@ async def secure(tmp_path):
     app = web.Application()
     app.router.add_get("/", _hello)
     runner = await serve(app, 0, context)
-    yield runner.addresses[0][1], *files, context
+    # Port 0 is another free port for IPv4 than for IPv6; only the first has addresses of two parts.
+    port = next(address[1] for address in runner.addresses if len(address) == 2)
+    yield port, *files, context
     await runner.cleanup()
 
 

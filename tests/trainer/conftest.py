@@ -100,6 +100,47 @@ def write_tokenizer(folder: Path) -> Path:
     return folder
 
 
+CHATML = """\
+{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+WORDS = (
+    "What is the capital of France? Paris. And of Peru? Lima. Be brief. Three fruits: fig, pear, plum.\n\n äöü 日本 🙂"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Writes a small byte-level tokenizer with a chat template (ChatML, another or none), as a model folder has it."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
+
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIALS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([WORDS] * 3, trainer)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as published files have it
+    backend.enable_truncation(7)
+    backend.enable_padding()
+
+    def write(template: str | None = CHATML, **config: Any) -> Path:
+        folder = tmp_path_factory.mktemp("chat")
+        backend.save(str(folder / "tokenizer.json"))
+        values = {"eos_token": "<|im_end|>", "bos_token": {"__type": "AddedToken", "content": "<s>"}} | config
+        (folder / "tokenizer_config.json").write_text(json.dumps(values))
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        return folder
+
+    return write
+
+
 @pytest.fixture
 def llama_folder(tmp_path: Path) -> Callable[..., Path]:
     """Writes a folder with a random Llama: `llama_folder(tie_word_embeddings=True)`, `llama_folder(shards=2)`."""

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from datetime import datetime
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,20 +9,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetune_contract.config import DatasetConfig, ValidationConfig
 from kubetune_contract.exit_codes import ExitCode
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.data import (
     DataError,
     Dataset,
     Sample,
-    Sampler,
-    collate,
-    deal,
     load_dataset,
     load_prompts,
     load_validation,
@@ -43,11 +37,6 @@ INST = """\
 {% else %} {{ m.content }}{{ eos_token }}{% endif %}{% endfor %}"""
 FORGETFUL = CHATML.replace("m.content +", "(m.content if loop.last or m.role == 'user' else '(omitted)') +")
 THINKING = CHATML.replace("assistant\n", "assistant\n<think>\n\n</think>\n\n")
-SPECIALS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
-WORDS = (
-    "What is the capital of France? Paris. And of Peru? Lima. Be brief. Three fruits: fig, pear, plum.\n\n äöü 日本 🙂"
-)
-
 CAPITALS: list[Message] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": "What is the capital of France?"},
@@ -56,38 +45,6 @@ CAPITALS: list[Message] = [
     {"role": "assistant", "content": "Lima. 🙂"},
 ]
 NextFolder = Callable[..., Path]
-
-
-@pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> NextFolder:
-    """Writes a small byte-level tokenizer with a chat template, as a model folder has it."""
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers, processors, trainers
-
-    backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=SPECIALS,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator([WORDS] * 3, trainer)
-    backend.post_processor = processors.ByteLevel(trim_offsets=True)  # as published files have it
-    backend.enable_truncation(7)
-    backend.enable_padding()
-
-    def write(template: str | None = CHATML, **config: Any) -> Path:
-        folder = tmp_path_factory.mktemp("chat")
-        backend.save(str(folder / "tokenizer.json"))
-        values = {"eos_token": "<|im_end|>", "bos_token": {"__type": "AddedToken", "content": "<s>"}} | config
-        (folder / "tokenizer_config.json").write_text(json.dumps(values))
-        if template is not None:
-            (folder / "chat_template.jinja").write_text(template)
-        return folder
-
-    return write
 
 
 @pytest.fixture(scope="module")
@@ -195,91 +152,10 @@ def test_any_text_is_masked_as_if_its_answers_were_tokenized_apart(
     assert sample.labels[sample.labels != IGNORE].tolist() == list(expected)
 
 
-# --- the oracle ---
-
-
-def test_rendering_and_ids_equal_transformers(smollm2: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
-    oracle = AutoTokenizer.from_pretrained(smollm2)
-    ours = Tokenizer.from_folder(smollm2)
-    conversations = [CAPITALS, CAPITALS[1:], CAPITALS[1:2], [{"role": "user", "content": " <|im_end|>\n\n é 日本 "}]]
-    for messages in conversations:
-        for prompt in (False, True):
-            text = oracle.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
-            assert ours.render(messages, add_generation_prompt=prompt) == text
-            ids = oracle.apply_chat_template(messages, add_generation_prompt=prompt, return_dict=True)["input_ids"]
-            assert ours.encode(text) == ids
-            assert ours.decode(ids) == oracle.decode(ids, skip_special_tokens=True)
-    assert ours.stop_ids == {oracle.eos_token_id}
-    (sample,) = load(write_rows(tmp_path, CAPITALS), ours).samples
-    assert learnt(sample, ours) == ["Paris.<|im_end|>", "Lima. 🙂<|im_end|>"]
-
-
-HELPERS = {
-    "tojson": "{{ messages | tojson(indent=2) }}<|im_end|>",
-    "generation, break and namespaces": """\
-{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% if ns.n > 2 %}{% break %}{% endif %}\
-{% generation %}{{ m.content }}{{ eos_token }}{% endgeneration %}{% endfor %}""",
-    "blocks are trimmed": """\
-{% for m in messages %}
-    {% if m.role == 'user' %}
-{{ m.content }}
-    {% endif %}
-{% endfor %}
-""",
-    "names that are not given": "{% if tools %}T{% endif %}{{ messages[0].name | default('nobody') }}{{ unk_token }}",
-}
-
-
-@pytest.mark.parametrize("case", HELPERS)
-def test_templates_find_the_helpers_that_transformers_gives(case: str, chat_folder: NextFolder) -> None:
-    from transformers import AutoTokenizer
-
-    folder = chat_folder(HELPERS[case], unk_token="<unk>")
-    oracle = AutoTokenizer.from_pretrained(folder)
-    assert Tokenizer.from_folder(folder).render(CAPITALS) == oracle.apply_chat_template(CAPITALS, tokenize=False)
-
-
-def test_a_date_in_a_template_is_the_one_that_is_given(chat_folder: NextFolder) -> None:
-    folder = chat_folder("{{ strftime_now('%d %b %Y') }}")
-    assert Tokenizer.from_folder(folder, datetime(2024, 7, 26)).render([]) == "26 Jul 2024"
-
-
-def test_templates_cannot_reach_the_interpreter(chat_folder: NextFolder, tmp_path: Path) -> None:
-    hostile = Tokenizer.from_folder(chat_folder("{{ messages.__class__.__mro__ }}"))
-    with pytest.raises(DataError, match="is unsafe"):
-        load(write_rows(tmp_path, CAPITALS), hostile)
-
-
-def test_a_template_may_stand_in_the_tokenizers_configuration(chat_folder: NextFolder) -> None:
-    plain = Tokenizer.from_folder(chat_folder(None, chat_template=CHATML))
-    listed = Tokenizer.from_folder(
-        chat_folder(
-            None, chat_template=[{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHATML}]
-        )
-    )
-    assert plain.render(CAPITALS) == listed.render(CAPITALS)
-
-
-def test_everything_that_ends_an_answer_stops_it(chat_folder: NextFolder) -> None:
-    folder = chat_folder()
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 6]}')
-    (folder / "config.json").write_text('{"eos_token_id": 3}')
-    tokenizer = Tokenizer.from_folder(folder)
-    assert tokenizer.stop_ids == {*tokenizer.encode("<|im_end|>"), 3, 5, 6}
-
-
-def test_broken_model_folders_are_told(chat_folder: NextFolder, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
-        Tokenizer.from_folder(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ModelError, match=r"tokenizer\.json is not a tokenizer"):
-        Tokenizer.from_folder(tmp_path)
-    with pytest.raises(ModelError, match="has no chat template"):
-        Tokenizer.from_folder(chat_folder(None))
-    with pytest.raises(ModelError, match="not valid Jinja"):
-        Tokenizer.from_folder(chat_folder("{% if %}"))
+def test_a_real_tokenizer_is_masked_alike(smollm2: Path, tmp_path: Path) -> None:
+    tokenizer = Tokenizer.from_folder(smollm2)
+    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer).samples
+    assert learnt(sample, tokenizer) == ["Paris.<|im_end|>", "Lima. 🙂<|im_end|>"]
 
 
 # --- refusals ---
@@ -419,74 +295,3 @@ def test_prompts_end_before_the_last_answer(tmp_path: Path) -> None:
     first, second = load_prompts(path, 2)
     assert (first.messages, first.text, first.reference) == (CAPITALS[:4], "And of Peru?", "Lima. 🙂")
     assert (second.text, second.reference) == ("What is the capital of France?", "Paris.")
-
-
-# --- batches ---
-
-
-def sample(*labels: int) -> Sample:
-    return Sample(np.arange(len(labels), dtype=np.int32), np.array(labels, dtype=np.int32))
-
-
-def test_batches_are_padded_on_the_right_with_ignored_labels() -> None:
-    input_ids, labels = collate([sample(7), sample(IGNORE, 8, 9)])
-    assert input_ids.tolist() == [[0, 0, 0], [0, 1, 2]]
-    assert labels.tolist() == [[7, IGNORE, IGNORE], [IGNORE, 8, 9]]
-    assert (input_ids.dtype, labels.dtype) == (torch.int64, torch.int64)
-
-
-def test_a_rank_without_a_row_gets_one_ignored_token() -> None:
-    input_ids, labels = collate([])
-    assert input_ids.shape == labels.shape == (1, 1)
-    assert labels.item() == IGNORE
-
-
-def sampler(rows: int, batch: int, micro: int = 1, shuffle: bool = True, seed: int = 1) -> Sampler:
-    lengths = np.random.RandomState(0).randint(1, 50, rows).astype(np.int32)
-    return Sampler(lengths, global_batch=batch, micro_batch=micro, seed=seed, shuffle=shuffle)
-
-
-@given(
-    rows=st.integers(1, 40),
-    batch=st.integers(1, 12),
-    micro=st.integers(1, 4),
-    size=st.integers(1, 5),
-    epoch=st.integers(0, 2),
-)
-def test_every_epoch_has_every_row_once_whatever_the_world(
-    rows: int, batch: int, micro: int, size: int, epoch: int
-) -> None:
-    plan = sampler(rows, batch, micro)
-    seen: list[int] = []
-    for step in range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch):
-        dealt = [plan.micro_batches(step, rank, size) for rank in range(size)]
-        assert len({len(passes) for passes in dealt}) == 1, "all ranks run the same number of passes"
-        assert all(len(rows) <= micro for passes in dealt for rows in passes)
-        mine = sorted(row for passes in dealt for rows in passes for row in rows)
-        assert mine == sorted(plan.rows(step).tolist()), "the step's rows do not depend on the number of ranks"
-        seen += mine
-    assert sorted(seen) == list(range(rows))
-
-
-def test_epochs_differ_when_shuffled_and_a_seed_repeats_them() -> None:
-    plan, again, other = sampler(20, 20), sampler(20, 20), sampler(20, 20, seed=2)
-    assert plan.rows(0).tolist() == again.rows(0).tolist()
-    assert plan.rows(0).tolist() != plan.rows(1).tolist()
-    assert plan.rows(0).tolist() != other.rows(0).tolist()
-
-
-def test_the_order_of_a_seed_is_fixed_for_ever() -> None:
-    """A run that is resumed under a newer numpy must go on in the same order."""
-    assert sampler(8, 8, seed=42).rows(0).tolist() == [4, 3, 7, 6, 0, 1, 5, 2]
-
-
-def test_without_shuffle_the_file_is_read_in_order_and_the_last_step_is_short() -> None:
-    plan = sampler(7, 3, shuffle=False)
-    assert [plan.rows(step).tolist() for step in range(4)] == [[0, 1, 2], [3, 4, 5], [6], [0, 1, 2]]
-
-
-def test_neighbours_in_length_share_a_pass() -> None:
-    lengths = np.array([5, 40, 6, 39], dtype=np.int32)
-    rows = np.arange(4, dtype=np.int32)
-    assert deal(rows, lengths, micro_batch=2, rank=0, size=1) == [[1, 3], [2, 0]]
-    assert [deal(rows, lengths, micro_batch=1, rank=rank, size=2) for rank in (0, 1)] == [[[1], [2]], [[3], [0]]]

@@ -91,6 +91,7 @@ def train(run: Run, start: int) -> None:
         if _wants_validation(run, done) and not stopping:
             validate(run, done)
         if stopping or done == run.total or done % run.config.checkpoint.every_steps == 0:
+            run.reporter.flush()  # a lost machine must not take lines of steps that will not be done again
             status = run.checkpoints.save(done, run.model, run.optimizer)
             run.reporter.checkpoint(status)
         if stopping:

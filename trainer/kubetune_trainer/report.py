@@ -137,10 +137,15 @@ class Reporter:
         """A checkpoint is complete; the next report tells the operator."""
         self._checkpoint = status
 
-    def draw(self) -> None:
-        """Writes the loss picture and brings the metrics to the disk."""
+    def flush(self) -> None:
+        """Brings the metrics to the disk."""
         if self._speaks:
             self.metrics.flush()
+
+    def draw(self) -> None:
+        """Writes the loss picture and brings the metrics to the disk."""
+        self.flush()
+        if self._speaks:
             draw_losses(self.metrics.path, self.folder / LOSS_PICTURE)
 
     def __enter__(self) -> Self:

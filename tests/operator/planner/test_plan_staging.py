@@ -138,7 +138,7 @@ def test_the_staging_pod_that_cannot_be_scheduled_is_told_in_the_schedulers_word
     assert told(decided, "Staged") == (
         "False",
         "Unschedulable",
-        "the staging pod cannot be scheduled: 0/1 nodes are available: 1 Too many pods.",
+        "The staging pod cannot be scheduled: 0/1 nodes are available: 1 Too many pods.",
     )
     assert decided.status.state == "Staging"
 
@@ -148,7 +148,7 @@ def test_the_staging_pod_without_its_secret_is_told(world, told):
     decided = world.staging().stage_pod("Pending", state=waiting).plan()
     assert told(decided, "Staged")[1:] == (
         "CreateContainerConfigError",
-        'the staging pod cannot start its container: secret "hub" not found',
+        'The staging pod cannot start its container: secret "hub" not found',
     )
 
 

@@ -135,11 +135,15 @@ class Bench:
             gone = ["--for=delete", "pod", "--selector", "app.kubernetes.io/name=kubetune", "--timeout=120s"]
             self.kube.kubectl("wait", *gone, *where)
 
-    def wait_no_active_pod(self, name: str) -> None:
-        """Wait until no worker pod of a FineTuneJob is pending or running."""
+    def active_pods(self, name: str) -> list[str]:
+        """The worker pods of a FineTuneJob that are pending or running; one that has ended holds nothing."""
         selector = ["--selector", f"kubetune.io/job={name}", "--namespace", self.namespace]
         active = ["--field-selector", "status.phase!=Succeeded,status.phase!=Failed", "--output", "name"]
-        for pod in self.kube.kubectl("get", "pods", *selector, *active).split():
+        return self.kube.kubectl("get", "pods", *selector, *active).split()
+
+    def wait_no_active_pod(self, name: str) -> None:
+        """Wait until no worker pod of a FineTuneJob is pending or running."""
+        for pod in self.active_pods(name):
             self.kube.kubectl("wait", "--for=delete", pod, "--namespace", self.namespace, "--timeout=180s")
 
     def output(self, job: Object, folder: Path) -> Path:

@@ -65,7 +65,7 @@ def test_a_suspended_run_holds_no_pod_and_goes_on_to_the_same_bits(bench, undist
     bench.suspend("paused", True)
     held = bench.until("paused", lambda job: bench.condition(job, "Suspended").get("status") == "True")
     assert held["status"]["state"] == "Suspended"
-    assert not [child for child in bench.children("paused") if child.startswith("pod/")]
+    assert bench.active_pods("paused") == []
     bench.suspend("paused", False)
     ended = bench.until_ended("paused")
     assert ended["status"]["state"] == "Succeeded", bench.told(ended)

@@ -13,14 +13,22 @@ from pydantic.alias_generators import to_camel
 
 from kubetune_contract.base import ContractModel, Rule
 from kubetune_contract.config import (
-    VOLUME_PATH_RULE,
     AdapterConfig,
     CheckpointConfig,
-    DatasetOptions,
+    DPOConfig,
     ExportConfig,
+    LoggingConfig,
     Method,
+    ProfilerConfig,
+    QuantizationConfig,
     RunConfig,
     TrainingConfig,
+)
+from kubetune_contract.dataset import (
+    MIXTURE_RULE,
+    VOLUME_PATH_RULE,
+    DatasetOptions,
+    RowOptions,
     ValidationOptions,
     VolumePath,
 )
@@ -91,22 +99,40 @@ class ModelSource(ContractModel):
     )
 
 
+class MixedDatasetSpec(RowOptions):
+    """A further dataset."""
+
+    volume_path: VolumePath
+    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
+
+
 class DatasetSpec(DatasetOptions):
     """The training data and how they are read."""
 
     volume_path: VolumePath
-    """JSON Lines file on the models volume."""
+    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
+    mixture: list[MixedDatasetSpec] = Field(default=[], max_length=16)
+    """Further datasets, mixed with this one by their weights."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
+    rules: ClassVar[tuple[Rule, ...]] = (*DatasetOptions.rules, VOLUME_PATH_RULE, MIXTURE_RULE)
 
 
 class ValidationSpec(ValidationOptions):
     """Held-out data: its loss is measured before the first step and after the last."""
 
-    volume_path: VolumePath
-    """JSON Lines file on the models volume, in the format of the training data."""
+    volume_path: VolumePath | None = None
+    """File on the models volume, in the format of the training data."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
+    rules: ClassVar[tuple[Rule, ...]] = (
+        VOLUME_PATH_RULE,
+        Rule(
+            cel="has(self.volumePath) != has(self.fraction)",
+            holds=lambda validation: (validation.volume_path is None) != (validation.fraction is None),
+            message="exactly one of volumePath and fraction is required",
+        ),
+    )
 
 
 class Claim(ContractModel):
@@ -169,7 +195,8 @@ class FineTuneJobSpec(ContractModel):
     preset: str | None = Field(default=None, json_schema_extra={"enum": list(preset_names())})
     """A named configuration; the training sections below override it field by field."""
     method: Method | None = None
-    """Full trains every weight, LoRA low-rank adapters of the chosen linear layers."""
+    """Full trains every weight; LoRA low-rank adapters of the chosen layers; DoRA also their magnitude; QLoRA and QDoRA
+    the same on a base model in 4 bits."""
     model: ModelSource
     """Where the base model comes from."""
     dataset: Annotated[dict[str, Any], Overrides(DatasetSpec)]
@@ -177,13 +204,21 @@ class FineTuneJobSpec(ContractModel):
     validation: Annotated[dict[str, Any] | None, Overrides(ValidationSpec)] = None
     """The held-out data."""
     adapter: Annotated[dict[str, Any] | None, Overrides(AdapterConfig)] = None
-    """The adapter of LoRA."""
+    """The adapter of all methods but Full."""
+    quantization: Annotated[dict[str, Any] | None, Overrides(QuantizationConfig)] = None
+    """How QLoRA and QDoRA store the frozen weights."""
+    dpo: Annotated[dict[str, Any] | None, Overrides(DPOConfig)] = None
+    """Direct preference optimization, for data of the format Preference."""
     training: Annotated[dict[str, Any] | None, Overrides(TrainingConfig)] = None
     """The optimisation."""
     checkpoint: Annotated[dict[str, Any] | None, Overrides(CheckpointConfig)] = None
     """How often the state of the run is saved."""
     export: Annotated[dict[str, Any] | None, Overrides(ExportConfig)] = None
     """What is written at the end."""
+    logging: Annotated[dict[str, Any] | None, Overrides(LoggingConfig)] = None
+    """Where metrics go besides metrics.jsonl."""
+    profiler: Annotated[dict[str, Any] | None, Overrides(ProfilerConfig)] = None
+    """A window of steps to record."""
     workers: Workers = Workers()
     """The gang that trains together."""
     storage: Storage

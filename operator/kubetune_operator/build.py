@@ -29,6 +29,18 @@ TOKEN_SECONDS: Final = 3600
 STAGE_RETRIES: Final = 3
 STAGE_REQUESTS: Final = {"cpu": "100m", "memory": "256Mi"}
 """Staging copies and hashes files as a stream."""
+SECTIONS: Final = (
+    "method",
+    "adapter",
+    "quantization",
+    "dpo",
+    "training",
+    "checkpoint",
+    "export",
+    "logging",
+    "profiler",
+)
+"""Parts of the spec that the run gets as they are."""
 RANK_FIELD: Final = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
@@ -46,12 +58,8 @@ def run_config(job: FineTuneJob) -> RunConfig:
     }
     if spec.validation is not None:
         overrides["validation"] = _data(spec.validation, ValidationSpec, "validation", problems)
-    sections = {
-        section: getattr(spec, section) for section in ("method", "adapter", "training", "checkpoint", "export")
-    }
+    sections = {section: getattr(spec, section) for section in SECTIONS}
     overrides |= {section: value for section, value in sections.items() if value is not None}
-    if spec.method == "Full" and spec.adapter is None:
-        overrides["adapter"] = None  # a LoRA preset's adapter goes with its method
     try:
         config = resolve(spec.preset, overrides, to_camel)
     except ConfigError as error:
@@ -68,10 +76,17 @@ def _data(section: dict[str, Any], model: type[ContractModel], name: str, proble
     except ValidationError as error:
         problems += [f"{name}.{problem}" for problem in explain(error, model, to_camel)]
         return {"path": "unknown"}  # so that the problems of the other sections are found too
-    return {
-        **{key: value for key, value in section.items() if key != "volumePath"},
-        "path": f"{paths.MODELS_MOUNT}/{section['volumePath']}",
-    }
+    return _mounted(section)
+
+
+def _mounted(section: dict[str, Any]) -> dict[str, Any]:
+    """The section with each volumePath as a path in the container."""
+    mounted = {key: value for key, value in section.items() if key != "volumePath"}
+    if "volumePath" in section:
+        mounted["path"] = f"{paths.MODELS_MOUNT}/{section['volumePath']}"
+    if "mixture" in section:
+        mounted["mixture"] = [_mounted(other) for other in section["mixture"]]
+    return mounted
 
 
 def config_map(job: FineTuneJob, config: RunConfig, ca_pem: str) -> Manifest:

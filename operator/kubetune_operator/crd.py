@@ -151,6 +151,8 @@ def _property(where: str, field: FieldInfo, raw: Schema, part: Part) -> Schema:
     if field.is_required() or field.default is None or part is Part.STATUS:
         return schema
     if part is Part.OVERRIDES:
+        if isinstance(field.default, BaseModel):
+            return schema  # its fields tell their own defaults
         schema["description"] += f" Default: {_in_words(raw['default'])}."
     else:
         schema["default"] = {} if isinstance(field.default, BaseModel) else raw["default"]

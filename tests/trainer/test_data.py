@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubetune_contract.config import DatasetConfig, ValidationConfig
+from kubetune_contract.dataset import DatasetConfig, ValidationConfig
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer.data import (
     DataError,

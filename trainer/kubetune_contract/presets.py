@@ -12,6 +12,11 @@ from kubetune_contract.base import snake
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError, explain
 
+_SOURCES = {
+    "dataset": ("path", "repo", "revision", "split", "format", "columns", "prompt_template", "weight", "mixture"),
+    "validation": ("path", "fraction"),
+}
+"""Fields of a section that say where its rows come from and what they are called."""
 _FOLDER = files("kubetune_contract") / "presets"
 
 
@@ -38,9 +43,28 @@ def resolve(preset: str | None, overrides: Mapping[str, Any], spell: Callable[[s
     """
     base = yaml.safe_load(preset_text(preset)) if preset else {}
     try:
-        return RunConfig.model_validate(merge(base, overrides))
+        return RunConfig.model_validate(merge(_fitting(base, overrides), overrides))
     except ValidationError as error:
         raise ConfigError(explain(error, RunConfig, spell)) from error
+
+
+def _fitting(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The preset without what another choice in the overrides makes meaningless.
+
+    A source of data replaces the preset's source as a whole, a method the settings that go with the preset's method.
+    """
+    fitting = dict(base)
+    for section, sources in _SOURCES.items():
+        given = {snake(key) for key in overrides.get(section) or {}}
+        if given & set(sources):
+            fitting[section] = {key: value for key, value in base.get(section, {}).items() if key not in sources}
+    method = overrides.get("method")
+    if method == "Full":
+        fitting.pop("adapter", None)
+        fitting.pop("dpo", None)
+    if method not in (None, "QLoRA", "QDoRA"):
+        fitting.pop("quantization", None)
+    return fitting
 
 
 def merge(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kubetune_contract.config import DatasetConfig, ValidationConfig
+from kubetune_contract.dataset import DatasetConfig, ValidationConfig
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_trainer.model import IGNORE
 from kubetune_trainer.tokenizer import Message, Tokenizer

@@ -1,7 +1,7 @@
 """The demo's data: questions and answers about Kubetune's own API, read from the CRD, so that every answer is true.
 
-Each field of a FineTuneJob's spec is asked for in several ways. One way of asking is held out for all fields: after
-training, the model must answer questions that it has not seen.
+Each common field of a FineTuneJob's spec is asked for in several ways. One way of asking is held out for all fields:
+after training, the model must answer questions that it has not seen.
 
     python examples/demo/make_data.py FOLDER      writes FOLDER/train.jsonl and FOLDER/held_out.jsonl
 """
@@ -29,6 +29,15 @@ PHRASINGS = (
     "Tell me about {path}.",
 )
 HELD_OUT_PHRASING = "What does {path} mean in a FineTuneJob?"
+NOT_TAUGHT = (
+    *("quantization", "dpo", "logging", "profiler"),
+    *("dataset.columns", "dataset.promptTemplate", "dataset.mixture", "dataset.weight", "dataset.packed"),
+    *("dataset.maxBadRows", "validation.fraction"),
+    *("training.optimizer", "training.optimizerInBackward", "training.masterWeights"),
+    *("training.sharding", "training.cpuOffload", "training.compile"),
+    *("checkpoint.everyEpoch", "checkpoint.keepBest", "checkpoint.asynchronous"),
+)
+"""Fields and sections for specialists. The demo has a few minutes on two CPU cores: it teaches what every user sets."""
 SHOWN_FIRST = ("workers.nodes", "failurePolicy.maxRestarts", "export.merged")
 """The first held-out rows: the run answers them before and after training."""
 
@@ -63,8 +72,10 @@ def read_spec(crd: Path = CRD) -> Schema:
 
 
 def fields(schema: Schema, prefix: str = "") -> Iterator[Field]:
-    """All fields below `schema` that hold a value; sections only lead to their fields."""
+    """All taught fields below `schema` that hold a value; sections only lead to their fields."""
     for name, below in schema["properties"].items():
+        if prefix + name in NOT_TAUGHT:
+            continue
         if "properties" in below:
             yield from fields(below, f"{prefix}{name}.")
         else:

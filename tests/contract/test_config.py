@@ -11,7 +11,9 @@ from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.presets import resolve
 
 COMPLETE: dict[str, Any] = {"model": {"path": "m"}, "dataset": {"path": "d.jsonl"}, "output_dir": "o"}
-TARGETS = "'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj' or 'down_proj'"
+TARGETS = "'q_proj', 'k_proj', 'v_proj', 'o_proj', 'gate_proj', 'up_proj', 'down_proj', 'embed_tokens' or 'lm_head'"
+FORMATS = "'OpenAI', 'ShareGPT', 'Alpaca', 'Instruct', 'Completion' or 'Preference'"
+METHODS = "'Full', 'LoRA', 'DoRA', 'QLoRA' or 'QDoRA'"
 
 
 def problems(values: dict[str, Any], **options: Any) -> tuple[str, ...]:
@@ -33,10 +35,10 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["export.zzz: unknown field; the fields here are merged"],
     ),
     "a missing path": ({"model": {}}, ["model.path: a value is required"]),
-    "a choice in the wrong case": ({"method": "lora"}, ["method: input should be 'Full' or 'LoRA', but it is 'lora'"]),
-    "a format that is not there yet": (
-        {"dataset": {"path": "d", "format": "Alpaca"}},
-        ["dataset.format: input should be 'OpenAI', but it is 'Alpaca'"],
+    "a choice in the wrong case": ({"method": "lora"}, [f"method: input should be {METHODS}, but it is 'lora'"]),
+    "a format that does not exist": (
+        {"dataset": {"path": "d", "format": "Alpaka"}},
+        [f"dataset.format: input should be {FORMATS}, but it is 'Alpaka'"],
     ),
     "a number below its bound": (
         {"training": {"epochs": 0}},
@@ -69,17 +71,13 @@ WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"adapter": {"target_modules": ["q_proj", "q_proj"]}},
         ["adapter: target_modules must not name a module twice"],
     ),
-    "warm-up that never ends": (
-        {"training": {"max_steps": 5, "warmup_steps": 5}},
-        ["training: warmup_steps 5 must be less than max_steps 5: lower the one or raise the other"],
-    ),
     "an adapter without LoRA": (
         {"method": "Full", "adapter": {"rank": 4}},
-        ["adapter goes with method LoRA, but method is Full: remove adapter, or set method to LoRA"],
+        ["adapter does not go with method Full: remove adapter, or set method to LoRA"],
     ),
     "a merge without LoRA": (
         {"method": "Full", "export": {"merged": True}},
-        ["export.merged goes with method LoRA, but method is Full: full fine-tuning writes a whole model anyway"],
+        ["export.merged does not go with method Full: full fine-tuning writes a whole model anyway"],
     ),
     "three problems are told at once": (
         {"training": {"epochs": 0, "batch_sise": 1}, "checkpoint": {"keep": 0}},
@@ -100,12 +98,13 @@ def test_a_wrong_value_is_told_with_field_value_and_remedy(case: str) -> None:
 
 def test_manifests_are_told_in_camel_case() -> None:
     values = COMPLETE | {
-        "training": {"maxSteps": 5, "warmupSteps": 9},
+        "training": {"optimizerInBackward": True, "maxGradientNorm": 0},
         "dataset": {"path": "d", "maxSequenceLenght": 1},
     }
     assert problems(values, spell=to_camel) == (
         "dataset.maxSequenceLenght: unknown field; did you mean maxSequenceLength?",
-        "training: warmupSteps 9 must be less than maxSteps 5: lower the one or raise the other",
+        "training: optimizerInBackward needs gradientAccumulationSteps 1, but it is 8: "
+        "a gradient that is used at once cannot be added up",
     )
 
 

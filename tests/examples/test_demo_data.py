@@ -45,6 +45,15 @@ def test_there_are_at_least_300_conversations():
     assert len(HELD_OUT) == len(FIELDS)
 
 
+def test_a_specialist_s_field_is_not_taught_and_every_such_name_is_in_the_schema():
+    assert len(FIELDS) == 47
+    assert not [path for path in FIELDS if path.startswith(("quantization.", "dpo.", "logging.", "profiler."))]
+    for name in make_data.NOT_TAUGHT:
+        below = SPEC
+        for step in name.split("."):
+            below = below["properties"][step]
+
+
 def test_every_field_is_asked_for_in_each_phrasing_and_once_held_out():
     asked = [asked_field(row) for row in TRAIN]
     assert {path: asked.count(path) for path in FIELDS} == dict.fromkeys(FIELDS, len(make_data.PHRASINGS))

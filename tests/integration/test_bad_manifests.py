@@ -1,9 +1,12 @@
 """What `kubectl apply` prints for a manifest that cannot work, word by word."""
 
+from typing import get_args
+
 import pytest
 
 from kubetune_contract.base import ContractModel
-from kubetune_contract.config import RunConfig, TrainingConfig
+from kubetune_contract.config import RunConfig, TargetModule, TrainingConfig
+from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
 from kubetune_operator import api, build
 from kubetune_operator.errors import InvalidJob
@@ -14,7 +17,9 @@ UNCHECKED = (
 )
 BELOW_THE_ROOT = "must be a path below the volume's root: without a leading '/' and without '..'"
 PATH_PATTERN = "^[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$"
-LAYERS = '"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"'
+LAYERS = ", ".join(f'"{name}"' for name in get_args(TargetModule))
+METHODS = '"Full", "LoRA", "DoRA", "QLoRA", "QDoRA"'
+FORMATS = '"OpenAI", "ShareGPT", "Alpaca", "Instruct", "Completion", "Preference"'
 PRESETS = ", ".join(f'"{name}"' for name in preset_names())
 
 
@@ -67,21 +72,22 @@ BAD = {
     ),
     "a method in lower case": (
         {"method": "lora"},
-        ['spec.method: Unsupported value: "lora": supported values: "Full", "LoRA"', UNCHECKED],
+        [f'spec.method: Unsupported value: "lora": supported values: {METHODS}', UNCHECKED],
     ),
     "an adapter without LoRA": (
         {"method": "Full", "adapter": {"rank": 8}},
-        [
-            "spec: Invalid value: adapter goes with method LoRA, but method is Full: "
-            "remove adapter, or set method to LoRA"
-        ],
+        ["spec: Invalid value: adapter does not go with method Full: remove adapter, or set method to LoRA"],
     ),
     "a merge without LoRA": (
         {"method": "Full", "export": {"merged": True}},
         [
-            "spec: Invalid value: export.merged goes with method LoRA, but method is Full: "
+            "spec: Invalid value: export.merged does not go with method Full: "
             "full fine-tuning writes a whole model anyway"
         ],
+    ),
+    "quantization of weights that are trained": (
+        {"method": "Full", "quantization": {"double": False}},
+        ["spec: Invalid value: quantization does not go with method Full: remove quantization, or set method to QLoRA"],
     ),
     # --- data
     "no data": ({"dataset": None}, ["spec.dataset: Required value", UNCHECKED]),
@@ -95,7 +101,7 @@ BAD = {
     ),
     "a format in lower case": (
         {"dataset": {"format": "openai"}},
-        ['spec.dataset.format: Unsupported value: "openai": supported values: "OpenAI"', UNCHECKED],
+        [f'spec.dataset.format: Unsupported value: "openai": supported values: {FORMATS}', UNCHECKED],
     ),
     "sequences that hold nothing": (
         {"dataset": {"maxSequenceLength": 8}},
@@ -106,7 +112,7 @@ BAD = {
     ),
     "held-out data without a file": (
         {"validation": {"samples": 3}},
-        ["spec.validation.volumePath: Required value", UNCHECKED],
+        ["spec.validation: Invalid value: exactly one of volumePath and fraction is required"],
     ),
     "more samples than anybody reads": (
         {"validation": {"volumePath": "v.jsonl", "samples": 65}},
@@ -171,11 +177,11 @@ BAD = {
             UNCHECKED,
         ],
     ),
-    "warm-up that never ends": (
-        {"training": {"maxSteps": 10, "warmupSteps": 10}},
+    "gradients that are used at once and added up": (
+        {"training": {"optimizerInBackward": True, "gradientAccumulationSteps": 4}},
         [
-            "spec.training: Invalid value: warmupSteps 10 must be less than maxSteps 10: "
-            "lower the one or raise the other"
+            "spec.training: Invalid value: optimizerInBackward needs gradientAccumulationSteps 1, but it is 4: "
+            "a gradient that is used at once cannot be added up"
         ],
     ),
     "a number format that is not offered": (
@@ -328,15 +334,34 @@ def test_an_unknown_name_is_refused_by_a_server_side_apply_too(apply, manifest):
 MODELS: tuple[type[ContractModel], ...] = (
     RunConfig,
     TrainingConfig,
+    PromptTemplate,
     api.ModelSource,
     api.DatasetSpec,
+    api.MixedDatasetSpec,
     api.ValidationSpec,
     api.Workers,
 )
+AT_ONCE = {"optimizerInBackward": True, "gradientAccumulationSteps": 1, "maxGradientNorm": 0}
 BROKEN = {
-    "adapter goes with method LoRA": {"method": "Full", "adapter": {"rank": 8}},
-    "export.merged goes with method LoRA": {"method": "Full", "export": {"merged": True}},
-    "warmupSteps": {"training": {"maxSteps": 10, "warmupSteps": 11}},
+    "adapter does not go with method": {"method": "Full", "adapter": {"rank": 8}},
+    "export.merged does not go with method": {"method": "Full", "export": {"merged": True}},
+    "quantization does not go with method": {"method": "LoRA", "quantization": {"double": False}},
+    "dpo goes with data of the format": {"dpo": {"beta": 0.2}, "dataset": {"format": "OpenAI"}},
+    "the format Preference does not go": {"method": "Full", "dataset": {"format": "Preference"}},
+    "training.optimizerInBackward goes with": {"method": "LoRA", "training": AT_ONCE},
+    "checkpoint.keepBest needs": {"checkpoint": {"keepBest": True}},
+    "optimizerInBackward needs gradient": {
+        "method": "Full",
+        "training": {**AT_ONCE, "gradientAccumulationSteps": 2},
+    },
+    "optimizerInBackward needs maxGradientNorm": {"method": "Full", "training": {**AT_ONCE, "maxGradientNorm": 0.5}},
+    "cpuOffload goes with": {"training": {"cpuOffload": True, "optimizer": "AdamW8bit"}},
+    "packed does not go": {"dataset": {"packed": True, "format": "Preference"}},
+    "the format Preference cannot be mixed": {
+        "dataset": {"mixture": [{"volumePath": "pairs.jsonl", "format": "Preference"}]}
+    },
+    "promptTemplate needs": {"dataset": {"promptTemplate": {"name": "ChatML", "user": {"prefix": "Q: "}}}},
+    "exactly one of volumePath and fraction": {"validation": {"volumePath": "v.jsonl", "fraction": 0.1}},
     "model needs exactly one": {"model": {"volumePath": None}},
     "volumePath": {"dataset": {"volumePath": "a/./b"}},
     "resources must not name nvidia.com/gpu": resources("requests", "nvidia.com/gpu", "2"),

@@ -127,17 +127,20 @@ INVALID = {
         {"training": {"lerningRate": 1e-4}},
         ["spec.training.lerningRate: unknown field; did you mean learningRate?"],
     ),
-    "warm-up that the preset makes too long": (
-        {"training": {"maxSteps": 50}},
-        ["spec.training: warmupSteps 100 must be less than maxSteps 50: lower the one or raise the other"],
+    "accumulation that the preset brings": (
+        {"training": {"optimizerInBackward": True, "maxGradientNorm": 0}, "method": "Full"},
+        [
+            "spec.training: optimizerInBackward needs gradientAccumulationSteps 1, but it is 8: "
+            "a gradient that is used at once cannot be added up"
+        ],
     ),
     "an adapter without LoRA": (
         {"method": "Full", "adapter": {"rank": 4}},
-        ["spec.adapter goes with method LoRA, but method is Full: remove adapter, or set method to LoRA"],
+        ["spec.adapter does not go with method Full: remove adapter, or set method to LoRA"],
     ),
     "a merge without LoRA": (
         {"method": "Full", "export": {"merged": True}},
-        ["spec.export.merged goes with method LoRA, but method is Full: full fine-tuning writes a whole model anyway"],
+        ["spec.export.merged does not go with method Full: full fine-tuning writes a whole model anyway"],
     ),
     "data without a file": (
         {"dataset": {"volumePath": None}},

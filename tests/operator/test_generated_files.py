@@ -73,7 +73,7 @@ def test_the_reference_has_a_row_for_every_field():
 
 
 ROWS = {
-    "an enum": "| `spec.method` | string | `Full`, `LoRA` |",
+    "an enum": "| `spec.method` | string | `Full`, `LoRA`, `DoRA`, `QLoRA`, `QDoRA` |",
     "bounds": "| `spec.training.learningRate` | number | > 0, <= 1 |",
     "a default": "| `spec.workers.nodes` | integer | >= 1, <= 1024 | Worker pods; all of them start and restart "
     "together. Default: 1. |",

@@ -111,7 +111,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
         ["run", SINGLE, "--config", "llama3/8B_lora"],
         [
             "model.path: a value is required; give it as model.path=FOLDER",
-            "dataset.path: a value is required; give it as dataset.path=FILE",
+            "dataset: exactly one of path and repo is required",
             "output_dir: a value is required; give it as output_dir=FOLDER",
         ],
     ),

@@ -74,7 +74,7 @@ INVALID = [
     (
         "a rule between two fields",
         {"method": "Full", "adapter": {"rank": 4}},
-        "adapter goes with method LoRA",
+        "adapter does not go with method Full",
     ),
     (
         "several problems at once",

@@ -12,7 +12,7 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import loop
 from kubetune_trainer.checkpoint import Checkpointer
-from kubetune_trainer.data import Dataset, Sampler, collate, load_dataset, load_validation
+from kubetune_trainer.data import Dataset, Sample, Sampler, load_dataset, load_validation
 from kubetune_trainer.distributed import World, full_tensor
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.loop import NonFiniteLossError, Run, SavedError, StopFlag
@@ -97,6 +97,14 @@ CUTS = {
 }
 
 
+def padded(samples: list[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The samples as rows of their own: the oracle of ragged batches."""
+    rows = ([torch.from_numpy(part).long() for part in (one.input_ids, one.labels)] for one in samples)
+    ids, labels = zip(*rows, strict=True)
+    pad = torch.nn.utils.rnn.pad_sequence
+    return pad(list(ids), batch_first=True), pad(list(labels), batch_first=True, padding_value=IGNORE)
+
+
 @pytest.mark.parametrize("case", CUTS)
 @pytest.mark.parametrize("method", ["LoRA", "Full"])
 def test_a_step_is_that_of_the_mean_over_all_label_tokens(
@@ -109,7 +117,7 @@ def test_a_step_is_that_of_the_mean_over_all_label_tokens(
     if method == "Full":
         config = config.model_copy(update={"method": "Full", "adapter": None})
     run = make_run(with_training(config, batch_size=rows, gradient_accumulation_steps=1), alone)
-    input_ids, labels = collate([run.data.samples[row] for row in run.sampler.rows(0)])
+    input_ids, labels = padded([run.data.samples[row] for row in run.sampler.rows(0)])
     mean = run.model(input_ids, labels) / (labels != IGNORE).sum()
     mean.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.params, 0.05)
@@ -212,7 +220,7 @@ def test_sigterm_sets_the_flag() -> None:
 def test_validation_is_the_mean_over_label_tokens_without_dropout(training_run: RunConfig, alone: World) -> None:
     run = make_run(training_run, alone)
     assert run.held_out is not None
-    input_ids, labels = collate(run.held_out.samples)
+    input_ids, labels = padded(run.held_out.samples)
     run.model.eval()
     with torch.no_grad():
         expected = (run.model(input_ids, labels) / (labels != IGNORE).sum()).item()

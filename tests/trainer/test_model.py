@@ -219,6 +219,31 @@ def test_backward_runs_once() -> None:
         loss.backward()
 
 
+# --- ragged rows ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["kept activations", "checkpointing"])
+def test_documents_of_one_row_do_not_see_each_other(full: bool, tiny: Path) -> None:
+    """Loss and all gradients are those of each document alone, up to the order of sums."""
+    model, lengths = ours(tiny), [5, 1, 17, 9]
+    model.checkpoint_blocks = full
+    ids, labels = words(97, 1, 32), words(97, 1, 32)
+    labels[0, 3:7] = IGNORE
+    together = model(ids, labels, lengths=lengths)
+    found = torch.autograd.grad(together, list(model.parameters()))
+    pairs = zip(ids.split(lengths, dim=1), labels.split(lengths, dim=1), strict=True)
+    alone = sum(model(document, targets) for document, targets in pairs)
+    expected = torch.autograd.grad(alone, list(model.parameters()))
+    torch.testing.assert_close(together, alone, rtol=1e-6, atol=0)
+    for name, one, other in zip(dict(model.named_parameters()), found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_lengths_that_are_not_those_of_the_row_are_a_bug(tiny: Path) -> None:
+    with pytest.raises(RuntimeError):
+        ours(tiny)(words(97, 1, 10), lengths=[4, 5])
+
+
 # --- cache ------------------------------------------------------------------------------------------------------------
 
 

@@ -13,17 +13,19 @@ def sample(*labels: int) -> Sample:
     return Sample(np.arange(len(labels), dtype=np.int32), np.array(labels, dtype=np.int32))
 
 
-def test_batches_are_padded_on_the_right_with_ignored_labels() -> None:
-    input_ids, labels = collate([sample(7), sample(IGNORE, 8, 9)])
-    assert input_ids.tolist() == [[0, 0, 0], [0, 1, 2]]
-    assert labels.tolist() == [[7, IGNORE, IGNORE], [IGNORE, 8, 9]]
+def test_a_batch_is_its_samples_end_to_end() -> None:
+    input_ids, labels, lengths = collate([sample(7), sample(IGNORE, 8, 9)])
+    assert input_ids.tolist() == [[0, 0, 1, 2]]
+    assert labels.tolist() == [[7, IGNORE, 8, 9]]
+    assert lengths == [1, 3]
     assert (input_ids.dtype, labels.dtype) == (torch.int64, torch.int64)
 
 
 def test_a_rank_without_a_row_gets_one_ignored_token() -> None:
-    input_ids, labels = collate([])
+    input_ids, labels, lengths = collate([])
     assert input_ids.shape == labels.shape == (1, 1)
     assert labels.item() == IGNORE
+    assert lengths == [1]
 
 
 def sampler(rows: int, batch: int, micro: int = 1, shuffle: bool = True, seed: int = 1) -> Sampler:

@@ -130,18 +130,17 @@ def digest_data(path: Path) -> str:
     return sha256(_read_bytes(path)).hexdigest()
 
 
-def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor]:
-    """input_ids and labels, int64 [batch, sequence], padded on the right to the longest.
+def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """input_ids and labels, int64 [1, sequence], of the samples end to end, and the length of each.
 
     No sample gives one ignored token: a rank without a row must run the same forward passes as its peers.
     """
-    width = max((len(sample.input_ids) for sample in samples), default=1)
-    input_ids = np.zeros((max(1, len(samples)), width), dtype=np.int64)
-    labels = np.full_like(input_ids, IGNORE)
-    for row, sample in enumerate(samples):
-        input_ids[row, : len(sample.input_ids)] = sample.input_ids
-        labels[row, : len(sample.labels)] = sample.labels
-    return torch.from_numpy(input_ids), torch.from_numpy(labels)
+    if not samples:
+        return torch.zeros((1, 1), dtype=torch.int64), torch.full((1, 1), IGNORE), [1]
+    input_ids = np.concatenate([sample.input_ids for sample in samples], dtype=np.int64)
+    labels = np.concatenate([sample.labels for sample in samples], dtype=np.int64)
+    lengths = [len(sample.input_ids) for sample in samples]
+    return torch.from_numpy(input_ids)[None], torch.from_numpy(labels)[None], lengths
 
 
 def _read_rows(path: Path) -> list[tuple[int, list[Message]]]:

@@ -126,8 +126,9 @@ def train_step(run: Run, step: int) -> bool:
 
 def forward(run: Run, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
     """The loss summed over the label tokens of some samples, in nats; 0 for none."""
-    input_ids, labels = collate([data.samples[index] for index in indices])
-    loss: torch.Tensor = run.model(input_ids.to(run.world.device), labels.to(run.world.device))
+    input_ids, labels, lengths = collate([data.samples[index] for index in indices])
+    device = run.world.device
+    loss: torch.Tensor = run.model(input_ids.to(device), labels.to(device), lengths=lengths)
     return loss
 
 

@@ -1,12 +1,13 @@
 """The Llama decoder in plain PyTorch. Parameter names are Hugging Face's; adapters and sharding come from outside.
 
 Shapes: B rows, S positions, D hidden_size, H query heads, K key-value heads, E head_dim, V vocab_size.
-Half-split RoPE layout, as in Hugging Face's files. Right padding needs no mask: attention is causal, so no real
-position sees the padding behind it.
+Half-split RoPE layout, as in Hugging Face's files. Training batches are ragged: one row of documents, end to end, that
+do not see each other. Right padding would need no mask: attention is causal, so nothing real sees what is behind it.
 """
 
 import math
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,26 @@ HEAD_CHUNK: Final = 1024
 
 Pair = tuple[Tensor, Tensor]
 """Cosine and sine of the RoPE angles, each [S, 1, E / 2]; or keys and values, each [B, S, K, E]."""
+
+
+class Documents(NamedTuple):
+    """Where the documents of a ragged row lie."""
+
+    lengths: tuple[int, ...]
+    """Positions of each, first to last."""
+    positions: Tensor
+    """Position of each token in its document, int64 [S]."""
+    boundaries: Tensor | None
+    """0 and the end of each document, int32 [documents + 1]; only where the device has a kernel that takes them."""
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], like: Tensor) -> Self:
+        """For a row of documents with the device and dtype of the activations `like`."""
+        ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = torch.repeat_interleave(ends[:-1].long(), torch.tensor(lengths))
+        positions = torch.arange(len(starts)) - starts
+        kernel = like.device.type == "cuda" and like.dtype == torch.bfloat16
+        return cls(tuple(lengths), positions.to(like.device), ends.to(like.device) if kernel else None)
 
 
 class KeyValueCache:
@@ -61,22 +82,42 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(config.hidden_size, keys, bias=False)
         self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, rotation: Pair, cache: KeyValueCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Pair, documents: Documents | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads), rotation)
         k = rotate(self.k_proj(x).view(heads), rotation)
         v = self.v_proj(x).view(heads)
-        # Causal masks of SDPA start at the upper left: right for whole sequences, not for one position behind a cache.
-        causal = x.shape[1] > 1
         if cache is not None:
-            assert not (causal and cache.length), "after the prompt the cache takes one position at a time"
+            assert x.shape[1] == 1 or not cache.length, "after the prompt the cache takes one position at a time"
             k, v = cache.append(self.layer, k, v)
-        # enable_gqa beats expanded keys and values on CPU by a fifth and needs no copy.
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=True)
-        output: Tensor = self.o_proj(mixed.transpose(1, 2).flatten(2))
+        mixed = attend(q, k, v) if documents is None else attend_documents(q, k, v, documents)
+        output: Tensor = self.o_proj(mixed.flatten(2))
         return output
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention: [B, S, H, E] and twice [B, S, K, E] -> [B, S, H, E]; or one position behind a cache."""
+    # enable_gqa beats expanded keys and values on CPU by a fifth and needs no copy. SDPA's causal mask starts at the
+    # upper left: right for whole sequences, not for one position behind a cache.
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, enable_gqa=True).transpose(1, 2)
+
+
+def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> Tensor:
+    """Causal attention inside each document of one row: [1, S, H, E] and twice [1, S, K, E] -> [1, S, H, E]."""
+    if documents.boundaries is not None:
+        from torch.nn.attention.varlen import varlen_attn
+
+        ends, longest = documents.boundaries, max(documents.lengths)
+        mixed: Tensor = varlen_attn(  # type: ignore[assignment]  # a pair only with return_aux
+            q[0], k[0], v[0], ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True
+        )
+        return mixed[None]
+    split = (tensor.split(documents.lengths, dim=1) for tensor in (q, k, v))
+    return torch.cat([attend(*document) for document in zip(*split, strict=True)], dim=1)
 
 
 def rotate(x: Tensor, rotation: Pair) -> Tensor:
@@ -111,9 +152,11 @@ class Block(nn.Module):
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rotation: Pair, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Pair, documents: Documents | None = None, cache: KeyValueCache | None = None
+    ) -> Tensor:
         """[B, S, D] -> [B, S, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rotation, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rotation, documents, cache)
         output: Tensor = x + self.mlp(self.post_attention_layernorm(x))
         return output
 
@@ -130,10 +173,9 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
 
-    def rotation(self, start: int, stop: int, dtype: torch.dtype) -> Pair:
-        """Cosine and sine of the positions start to stop, computed in fp32."""
-        positions = torch.arange(start, stop, device=self.inverse_frequencies.device, dtype=torch.float32)
-        angles = torch.outer(positions, self.inverse_frequencies)[:, None]
+    def rotation(self, positions: Tensor, dtype: torch.dtype) -> Pair:
+        """Cosine and sine of the positions [S], computed in fp32."""
+        angles = torch.outer(positions.float(), self.inverse_frequencies)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
@@ -161,22 +203,35 @@ class Llama(nn.Module):
         with torch.device(device):
             self.model.inverse_frequencies = inverse_frequencies(self.config)
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None, *, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        lengths: Sequence[int] | None = None,
+        cache: KeyValueCache | None = None,
+    ) -> Tensor:
         """Logits, or the loss if there are labels.
 
         `input_ids` [B, S]: token ids. `labels` [B, S]: position i's target token, or IGNORE; they are shifted already.
+        `lengths`: the one row (B = 1) is made of documents of so many tokens, none of which sees another.
         `cache`: the positions before `input_ids`; the model adds these to it.
         Returns logits [B, S, V] in the weights' dtype; with a cache those of the last position only, [B, 1, V]; with
         labels the float32 SUM of the cross-entropy over all label tokens, in nats (0 if there are none).
         """
         x = self.model.embed_tokens(input_ids)
-        start = cache.length if cache is not None else 0
-        rotation = self.model.rotation(start, start + input_ids.shape[1], x.dtype)
+        documents = None if lengths is None else Documents.of(lengths, x)
+        if documents is None:
+            start = cache.length if cache is not None else 0
+            positions = torch.arange(start, start + input_ids.shape[1], device=x.device)
+        else:
+            positions = documents.positions
+        rotation = self.model.rotation(positions, x.dtype)
         for block in self.model.layers:
             if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, use_reentrant=False)
+                x = checkpoint(block, x, rotation, documents, use_reentrant=False)
             else:
-                x = block(x, rotation, cache)
+                x = block(x, rotation, documents, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
             x = x[:, -1:]

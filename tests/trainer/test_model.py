@@ -239,6 +239,21 @@ def test_documents_of_one_row_do_not_see_each_other(full: bool, tiny: Path) -> N
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
+def test_each_document_has_its_loss(tiny: Path) -> None:
+    """Weighted sums of them have the gradients of each document alone, as preferences need them."""
+    model, lengths = ours(tiny), [6, 4, 8]
+    ids, labels = words(97, 1, 18), words(97, 1, 18)
+    labels[0, 6:10] = IGNORE
+    losses = model(ids, labels, lengths=lengths, by_document=True)
+    pairs = zip(ids.split(lengths, dim=1), labels.split(lengths, dim=1), strict=True)
+    alone = torch.stack([model(document, targets) for document, targets in pairs])
+    torch.testing.assert_close(losses, alone, rtol=1e-6, atol=0)
+    weights, weight = torch.tensor([0.5, 1.0, -2.0]), model.model.layers[0].mlp.up_proj.weight
+    (found,) = torch.autograd.grad(losses @ weights, weight)
+    (expected,) = torch.autograd.grad(alone @ weights, weight)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_lengths_that_are_not_those_of_the_row_are_a_bug(tiny: Path) -> None:
     with pytest.raises(RuntimeError):
         ours(tiny)(words(97, 1, 10), lengths=[4, 5])

@@ -33,6 +33,8 @@ class Documents(NamedTuple):
 
     lengths: tuple[int, ...]
     """Positions of each, first to last."""
+    numbers: Tensor
+    """Number of each token's document, int64 [S]."""
     positions: Tensor
     """Position of each token in its document, int64 [S]."""
     boundaries: Tensor | None
@@ -42,10 +44,11 @@ class Documents(NamedTuple):
     def of(cls, lengths: Sequence[int], like: Tensor) -> Self:
         """For a row of documents with the device and dtype of the activations `like`."""
         ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        starts = torch.repeat_interleave(ends[:-1].long(), torch.tensor(lengths))
-        positions = torch.arange(len(starts)) - starts
+        numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        positions = torch.arange(len(numbers)) - ends[numbers]
         kernel = like.device.type == "cuda" and like.dtype == torch.bfloat16
-        return cls(tuple(lengths), positions.to(like.device), ends.to(like.device) if kernel else None)
+        device = like.device
+        return cls(tuple(lengths), numbers.to(device), positions.to(device), ends.to(device) if kernel else None)
 
 
 class KeyValueCache:
@@ -210,6 +213,7 @@ class Llama(nn.Module):
         *,
         lengths: Sequence[int] | None = None,
         cache: KeyValueCache | None = None,
+        by_document: bool = False,
     ) -> Tensor:
         """Logits, or the loss if there are labels.
 
@@ -217,7 +221,8 @@ class Llama(nn.Module):
         `lengths`: the one row (B = 1) is made of documents of so many tokens, none of which sees another.
         `cache`: the positions before `input_ids`; the model adds these to it.
         Returns logits [B, S, V] in the weights' dtype; with a cache those of the last position only, [B, 1, V]; with
-        labels the float32 SUM of the cross-entropy over all label tokens, in nats (0 if there are none).
+        labels the float32 SUM of the cross-entropy over all label tokens, in nats (0 if there are none), or
+        `by_document` the sum of each document, [documents]; then no gradient reaches the head.
         """
         x = self.model.embed_tokens(input_ids)
         documents = None if lengths is None else Documents.of(lengths, x)
@@ -239,7 +244,10 @@ class Llama(nn.Module):
         if labels is None:
             return F.linear(self.model.norm(x), head)
         chosen = labels != IGNORE
-        return linear_cross_entropy(self.model.norm(x[chosen]), head, labels[chosen])
+        losses = linear_cross_entropy(self.model.norm(x[chosen]), head, labels[chosen], by_token=by_document)
+        if documents is None or not by_document:
+            return losses
+        return losses.new_zeros(len(documents.lengths)).index_add(0, documents.numbers[chosen[0]], losses)
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
@@ -258,16 +266,18 @@ def _scale(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
 
 
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, by_token: bool = False) -> Tensor:
     """Sum of the cross-entropy of `hidden @ head.T`, without ever holding all logits.
 
     `hidden` [N, D], `head` [V, D], `targets` [N]. Returns a float32 scalar. Gradients are computed chunk by chunk in
     the forward pass, while the logits are there, so that nothing is computed twice (Liger Kernel, Hsu et al. 2024).
+    `by_token` returns the loss of each target, [N]. Their later weights are not known yet, so only `hidden` gets
+    gradients: `head` counts as frozen.
     """
-    if not torch.is_grad_enabled():
+    if by_token or not torch.is_grad_enabled():
         head = head.detach()
-    loss: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]  # torch's apply
-    return loss
+    losses: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]  # torch's apply
+    return losses if by_token else losses.sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -275,36 +285,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
         hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         head_gradient = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        loss = hidden.new_zeros((), dtype=torch.float32)
+        losses = hidden.new_zeros(len(targets), dtype=torch.float32)
         for start in range(0, len(targets), HEAD_CHUNK):
             chunk = slice(start, start + HEAD_CHUNK)
             logits = (hidden[chunk] @ head.t()).float()
-            loss += _cross_entropy_(logits, targets[chunk])
+            losses[chunk] = _cross_entropy_(logits, targets[chunk])
             gradient = logits.to(head.dtype)
             if hidden_gradient is not None:
                 torch.mm(gradient, head, out=hidden_gradient[chunk])
             if head_gradient is not None:
                 head_gradient.addmm_(gradient.t(), hidden[chunk])
         ctx.save_for_backward(hidden_gradient, head_gradient)
-        return loss
+        return losses
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden_gradient, head_gradient = ctx.saved_tensors
-        (scale,) = gradients
-        return (
-            None if hidden_gradient is None else hidden_gradient.mul_(scale),
-            None if head_gradient is None else head_gradient.mul_(scale),
-            None,
-        )
+        (weights,) = gradients  # [N]; all the same where the head has a gradient, because then the sum was taken
+        if head_gradient is not None and len(weights):
+            head_gradient.mul_(weights[0])
+        return None if hidden_gradient is None else hidden_gradient.mul_(weights[:, None]), head_gradient, None
 
 
 def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of float32 `logits` [n, V], which become their own gradient: softmax minus the target's 1."""
+    """The losses [n] of float32 `logits` [n, V], which become their own gradient: softmax minus the target's 1."""
     logits -= logits.amax(dim=-1, keepdim=True)
     rows = torch.arange(len(targets), device=targets.device)
     chosen = logits[rows, targets]
     totals = logits.exp_().sum(dim=-1, keepdim=True)
     logits /= totals
     logits[rows, targets] -= 1
-    return (totals.log().squeeze(-1) - chosen).sum()
+    return totals.log().squeeze(-1) - chosen

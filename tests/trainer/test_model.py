@@ -13,7 +13,7 @@ from torch import Tensor
 from kubetune_trainer.architecture import LlamaConfig, ModelError
 from kubetune_trainer.distributed import World
 from kubetune_trainer.hub import WeightReader, load_weights
-from kubetune_trainer.model import HEAD_CHUNK, IGNORE, KeyValueCache, Llama, linear_cross_entropy
+from kubetune_trainer.model import HEAD_CHUNK, IGNORE, KeyValueCache, Llama, linear_cross_entropy, swiglu
 
 EXACT = {"rtol": 0, "atol": 1e-4}
 """The project's bar for fp32 logits (values up to 35): rounding alone stays far below it, a wrong formula far above."""
@@ -380,3 +380,13 @@ LLAMA3_8B = {
     "rms_norm_eps": 1e-5,
 }
 """Meta-Llama-3-8B's published sizes; 8,030,261,248 is its published number of parameters."""
+
+
+def test_swiglu_has_the_formulas_values_and_gradients_and_keeps_only_its_inputs():
+    gate, up = (torch.randn(5, 7, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda tensor: tensor):
+        product = swiglu(gate, up)
+    assert len(kept) == 2
+    torch.testing.assert_close(product, F.silu(gate) * up)
+    assert torch.autograd.gradcheck(swiglu, (gate, up))

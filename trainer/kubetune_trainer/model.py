@@ -119,7 +119,7 @@ def attend_documents(q: Tensor, k: Tensor, v: Tensor, documents: Documents) -> T
             q[0], k[0], v[0], ends, ends, longest, longest, window_size=(-1, 0), enable_gqa=True
         )
         return mixed[None]
-    split = (torch.split(tensor, documents.lengths, dim=1) for tensor in (q, k, v))
+    split = (torch.split(tensor, list(documents.lengths), dim=1) for tensor in (q, k, v))
     return torch.cat([attend(*document) for document in zip(*split, strict=True)], dim=1)
 
 

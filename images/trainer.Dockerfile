@@ -12,7 +12,8 @@ COPY pyproject.toml /
 # The fixed time keeps the layers below cached when pyproject.toml changes elsewhere.
 RUN python3 -c "import tomllib; project = tomllib.load(open('/pyproject.toml', 'rb'))['project']; \
 print('\n'.join(project['dependencies'] + project['optional-dependencies']['trainer']))" > /requirements.txt \
- && touch --date=@0 /requirements.txt
+ && grep '^torch==' /requirements.txt > /torch.txt \
+ && touch --date=@0 /requirements.txt /torch.txt
 
 FROM ${BASE_IMAGE}
 ARG SSL_CERT_FILE
@@ -21,11 +22,14 @@ RUN groupadd --gid 65532 kubetune \
  && useradd --uid 65532 --gid 65532 --create-home --shell /usr/sbin/nologin kubetune \
  && rm -rf /usr/local/bin/pip* /usr/local/lib/python3*/ensurepip /usr/local/lib/python3*/site-packages/*
 ENV PATH=/opt/kubetune/bin:$PATH PYTHONUNBUFFERED=1
-COPY --from=tools /requirements.txt /opt/requirements.txt
-# torch and its CUDA libraries (4.7 GB) are a layer of their own, below the code.
+# torch and its CUDA libraries (4.7 GB) are a layer of their own, below the other dependencies and the code.
+COPY --from=tools /torch.txt /opt/torch.txt
 RUN --mount=type=bind,from=tools,source=/tools,target=/tools --mount=type=cache,target=/var/cache/uv \
     /tools/bin/uv venv --no-managed-python --python "$(command -v python3)" /opt/kubetune \
- && /tools/bin/uv pip install --python /opt/kubetune --link-mode copy --compile-bytecode -r /opt/requirements.txt \
+ && /tools/bin/uv pip install --python /opt/kubetune --link-mode copy --compile-bytecode -r /opt/torch.txt
+COPY --from=tools /requirements.txt /opt/requirements.txt
+RUN --mount=type=bind,from=tools,source=/tools,target=/tools --mount=type=cache,target=/var/cache/uv \
+    /tools/bin/uv pip install --python /opt/kubetune --link-mode copy --compile-bytecode -r /opt/requirements.txt \
  && echo /opt/kubetune/code > "$(echo /opt/kubetune/lib/python3*/site-packages)/kubetune.pth"
 COPY trainer/kubetune_contract /opt/kubetune/code/kubetune_contract
 COPY trainer/kubetune_trainer /opt/kubetune/code/kubetune_trainer

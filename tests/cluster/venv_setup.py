@@ -41,7 +41,12 @@ def ensure(layout: Layout) -> str:
         run([uv, "venv", "--allow-existing", "--python", sys.executable, ENVIRONMENT], log=log, user=caller())
     project = f"{REPOSITORY}[{EXTRAS}]"
     python = ENVIRONMENT / "bin" / "python"
-    run([uv, "pip", "install", "--python", python, "--editable", project], cwd=REPOSITORY, log=log, user=caller())
+    run(
+        [uv, "pip", "install", "--compile-bytecode", "--python", python, "--editable", project],
+        cwd=REPOSITORY,
+        log=log,
+        user=caller(),
+    )
     write_if_changed(STAMP, wanted_stamp())
     return "installed"
 

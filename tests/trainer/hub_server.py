@@ -5,16 +5,21 @@ import json
 import re
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+import pytest
+from huggingface_hub import constants
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "acme/tiny-llama"
 TOKEN = "hf_good"
+LARGE = 1_000_000
+"""Bytes above which a file is in LFS: it is named by its SHA-256."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -38,6 +43,11 @@ class HubServer(ThreadingHTTPServer):
         self.downloads: Counter[str] = Counter()
         """File -> how often its content was asked for."""
         self.requests = 0
+        self.on_request: Callable[[], object] = lambda: None
+        """Called first for every request."""
+        self.stall: dict[str, int] = {}
+        """File -> bytes of its next download after which nothing more comes until `go_on` is set."""
+        self.go_on = threading.Event()
 
     @property
     def url(self) -> str:
@@ -58,12 +68,23 @@ def serve(folder: Path) -> Iterator[HubServer]:
             thread.join()
 
 
+def redirect(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> None:
+    """Lead this process's hub client to the server: what the environment says once, when the client is imported."""
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "ENDPOINT", server.url)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+
+
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
 
     def do_GET(self) -> None:
         self.server.requests += 1
+        self.server.on_request()
         path = unquote(urlsplit(self.path).path)
         if self.server.broken:
             self._refuse(503, "")
@@ -84,14 +105,19 @@ class _Handler(BaseHTTPRequestHandler):
         elif revision not in ("main", "v1", COMMIT):
             self._refuse(404, "RevisionNotFound")
         elif what == "revision":
-            self._send_json({"id": REPO, "sha": COMMIT, "siblings": []})
+            siblings = [{"rfilename": entry["path"], "blobId": entry["oid"]} | entry for entry in self._entries()]
+            self._send_json({"id": REPO, "sha": COMMIT, "siblings": siblings})
         else:
-            files = sorted(file for file in self.server.folder.rglob("*") if file.is_file())
-            self._send_json([self._entry(file) for file in files])
+            self._send_json(self._entries())
+
+    def _entries(self) -> list[dict[str, Any]]:
+        return [self._entry(file) for file in sorted(self.server.folder.rglob("*")) if file.is_file()]
 
     def _entry(self, file: Path) -> dict[str, Any]:
         name = str(file.relative_to(self.server.folder))
-        return {"type": "file", "path": name, "size": file.stat().st_size, "oid": _etag(file)}
+        size, digest = file.stat().st_size, _etag(file)
+        lfs = {"lfs": {"oid": digest, "sha256": digest, "size": size, "pointerSize": 134}} if size > LARGE else {}
+        return {"type": "file", "path": name, "size": size, "oid": digest} | lfs
 
     def _send_file(self, name: str) -> None:
         if self.server.gated and not self._has_token():
@@ -112,10 +138,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send_content(self, name: str, content: bytes) -> None:
         self.server.downloads[name] += 1
-        limit = self.server.cut.pop(name, None)
+        stalled = self.server.stall.pop(name, None)
+        limit = self.server.cut.pop(name, stalled)
         part = content[:limit]
         self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
         self.wfile.write(part)
+        if stalled is not None:
+            self.server.go_on.wait()
         self.close_connection = limit is not None
 
     def _send_json(self, value: Any) -> None:
@@ -140,4 +169,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _etag(file: Path) -> str:
-    return hashlib.sha1(file.read_bytes(), usedforsecurity=False).hexdigest()
+    content = file.read_bytes()
+    if len(content) > LARGE:
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(content, usedforsecurity=False).hexdigest()

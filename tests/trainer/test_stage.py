@@ -22,9 +22,10 @@ from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.paths import COMPLETE_FILE, TERMINATION_LIMIT
 from kubetune_contract.progress import TerminationMessage
 from kubetune_contract.staging import StageSource, StagingManifest
-from kubetune_trainer.stage import LOCK_FILE, StorageError, _storage, main, stage
+from kubetune_trainer.download import StorageError, storage
+from kubetune_trainer.stage import _WORDS, LOCK_FILE, main, stage
 
-from .hub_server import COMMIT, REPO, TOKEN, HubServer, serve
+from .hub_server import COMMIT, REPO, TOKEN, HubServer, redirect, serve
 
 
 class Claim:
@@ -75,12 +76,7 @@ def hub(tiny: Path, claim: Claim, monkeypatch: pytest.MonkeyPatch) -> Iterator[H
     (tiny / "original" / "consolidated.00.pth").write_bytes(b"the same weights again")
     with serve(tiny) as server:
         claim.environment["HF_ENDPOINT"] = server.url
-        # What the environment says once, when the client is imported.
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "ENDPOINT", server.url)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{claim.root.parent}/home/hub")
-        monkeypatch.delenv("HF_TOKEN", raising=False)
+        redirect(monkeypatch, server, claim.root.parent / "home")
         yield server
 
 
@@ -233,12 +229,12 @@ STORAGE = {
 
 @pytest.mark.parametrize(("number", "remedy"), STORAGE.values(), ids=STORAGE.keys())
 def test_errors_of_the_file_system_have_a_remedy(number: int, remedy: str) -> None:
-    with pytest.raises(StorageError, match=remedy), _storage(Path("/models/x")):
+    with pytest.raises(StorageError, match=remedy), storage(Path("/models/x"), _WORDS):
         raise OSError(number, os.strerror(number), "/models/x/file")
 
 
 def test_other_errors_of_the_file_system_are_not_blamed_on_the_user() -> None:
-    with pytest.raises(OSError, match="Input/output error") as caught, _storage(Path("/models/x")):
+    with pytest.raises(OSError, match="Input/output error") as caught, storage(Path("/models/x"), _WORDS):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(caught.value, StorageError)
 
@@ -355,7 +351,7 @@ REFUSED: dict[str, tuple[Callable[[HubServer], object], dict[str, str], str]] = 
     "gated, without a token": (
         gate,
         {"repo": REPO},
-        f"{REPO} at revision main is gated: accept its terms on the hub with the account of your token, and name the "
+        f"{REPO} at revision main is gated: accept its terms on the hub with the account of your token, and name a "
         "secret with that token in model.huggingFace.tokenSecretRef",
     ),
     "private, without a token": (hide, {"repo": REPO}, NOT_READABLE.format(repo=REPO, status=401)),

@@ -16,7 +16,7 @@ from kubetune_contract.config import Method, RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.presets import preset_names, preset_text, resolve
-from kubetune_trainer import launch
+from kubetune_trainer import download, launch
 
 REQUIRED: Final = {
     "model.path": "model.path=FOLDER",
@@ -78,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     cp.add_argument("name", help="as `tune ls` shows it")
     cp.add_argument("file", type=Path, help="where to; must not exist")
     cp.set_defaults(run=_cp)
+
+    download.add_parser(commands)
 
     check = commands.add_parser("validate", help="check a configuration without running it")
     check.add_argument("config", help="a name from `tune ls` or a YAML file")

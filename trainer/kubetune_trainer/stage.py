@@ -24,30 +24,18 @@ from kubetune_contract.paths import COMPLETE_FILE, MODELS_MOUNT, TERMINATION_LOG
 from kubetune_contract.progress import TerminationMessage
 from kubetune_contract.staging import StagedFile, StagedModel, StageSource, StagingManifest
 from kubetune_trainer.architecture import ARCHITECTURE, ModelError
+from kubetune_trainer.download import Repository, Words, fetch, storage
 from kubetune_trainer.hub import check_model, missing_folder
-
-DOWNLOADED: Final = ("*.json", "*.safetensors", "*.jinja", "LICENSE*")
-"""Files of a repository that a run or its export uses. Not the same weights in other formats."""
 
 LOCK_FILE: Final = f"{COMPLETE_FILE}.lock"
 
 
-class SourceDeniedError(JobError):
-    """The repository does not exist, or this token may not read it."""
-
-    exit_code = ExitCode.SOURCE_DENIED
-
-
-class SourceUnavailableError(JobError):
-    """The hub cannot be reached or does not work now. What was downloaded stays; a retry goes on from there."""
-
-    exit_code = ExitCode.SOURCE_UNAVAILABLE
-
-
-class StorageError(JobError):
-    """The models claim cannot be written."""
-
-    exit_code = ExitCode.OUTPUT_NOT_WRITABLE
+_WORDS: Final = Words(
+    authorize="name a secret with {which} in model.huggingFace.tokenSecretRef",
+    revision="model.huggingFace.revision",
+    full="the models claim is full: enlarge it, or delete models that are no longer used",
+    read_only=f"make the models claim writable for user {os.getuid()}: staging writes downloads and {COMPLETE_FILE}",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -93,12 +81,13 @@ def stage(source: StageSource, root: Path, token: str | None = None) -> StagedMo
         return known
     if source.repo is None and not folder.is_dir():
         raise ModelError(missing_folder(folder))
-    with _storage(folder), _locked(folder):
+    with storage(folder, _WORDS), _locked(folder):
         known = _known(folder, source)  # whoever had the lock may have done it
         if known is not None:
             return known
         if source.repo is not None:
-            _download(source, folder, token)
+            repository = Repository(source.repo, source.revision, tuple(source.ignore_patterns))
+            fetch(repository, folder, token, _WORDS)
         return _check(folder, source)
 
 
@@ -162,81 +151,3 @@ def _digest(folder: Path, name: str) -> StagedFile:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     print(f"checked {name}, {status.st_size:,} bytes", flush=True)
     return StagedFile(path=name, size=status.st_size, modified=status.st_mtime_ns, sha256=digest)
-
-
-@contextmanager
-def _storage(folder: Path) -> Iterator[None]:
-    """Errors of the file system become StorageError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = "the models claim is full: enlarge it, or delete models that are no longer used"
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            remedy = (
-                f"make the models claim writable for user {os.getuid()}: staging writes downloads and {COMPLETE_FILE}"
-            )
-        else:
-            raise
-        raise StorageError(f"{error.filename or folder} cannot be written: {error.strerror}; {remedy}") from error
-
-
-def _download(source: StageSource, folder: Path, token: str | None) -> None:
-    """Fetch the repository's files; those that an earlier run brought are kept, a half one is completed.
-
-    The revision is resolved first: snapshot_download() alone answers with what lies in the folder, however little that
-    is, if the hub cannot be reached or refuses.
-    """
-    from huggingface_hub import HfApi
-
-    assert source.repo is not None, "there is nothing to download for a path"
-    with _hub(source):
-        hub = HfApi(token=token)
-        commit = hub.model_info(source.repo, revision=source.revision).sha
-        print(f"downloading {source.repo} at {source.revision} ({commit})", flush=True)
-        hub.snapshot_download(
-            source.repo,
-            revision=commit,
-            local_dir=folder,
-            allow_patterns=list(DOWNLOADED),
-            ignore_patterns=source.ignore_patterns,
-        )
-
-
-@contextmanager
-def _hub(source: StageSource) -> Iterator[None]:
-    """Errors of the Hugging Face hub become SourceDeniedError or SourceUnavailableError; OSError of files passes."""
-    from huggingface_hub import errors
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client in this hub version
-
-    name = f"{source.repo} at revision {source.revision}"
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise SourceDeniedError(f"{source.repo!r} is no repository of the Hugging Face hub: {error}") from error
-    except errors.GatedRepoError as error:
-        raise SourceDeniedError(
-            f"{name} is gated: accept its terms on the hub with the account of your token, "
-            "and name the secret with that token in model.huggingFace.tokenSecretRef"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        text = f"{source.repo} has no revision {source.revision}: correct model.huggingFace.revision"
-        raise SourceDeniedError(text) from error
-    except errors.HfHubHTTPError as error:
-        raise _refusal(name, error.response.status_code, error) from error
-    except (HTTPError, errors.LocalEntryNotFoundError, errors.XetDownloadError, ConnectionError, TimeoutError) as error:
-        raise SourceUnavailableError(f"the hub cannot be reached for {name}: {error.__cause__ or error}") from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # The hub's own: a file without its metadata, or one that ended too early.
-        raise SourceUnavailableError(f"the download of {name} failed: {error}") from error
-
-
-def _refusal(name: str, status: int, error: Exception) -> JobError:
-    if status in (401, 403, 404):
-        return SourceDeniedError(
-            f"{name} does not exist or this token may not read it (HTTP {status}): check the name, "
-            "and name a secret with a token that may in model.huggingFace.tokenSecretRef"
-        )
-    return SourceUnavailableError(f"the hub does not serve {name} now (HTTP {status}): {error}")

@@ -12,13 +12,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kubetune_contract.config import RunConfig
-from kubetune_trainer import export
+from kubetune_trainer import shards
+from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.distributed import World, local_rows
-from kubetune_trainer.export import export_adapter, export_model, plan_shards
+from kubetune_trainer.export import export_adapter, export_model
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.model import Llama
 from kubetune_trainer.parallel import build
 from kubetune_trainer.peft import trainable
+from kubetune_trainer.shards import ShardWriter, Spec, plan_shards
 
 Configure = Callable[..., RunConfig]
 Spawn = Callable[..., list[Any]]
@@ -185,7 +187,7 @@ def test_weights_are_stored_in_the_runs_precision(
 
 
 def export_all(world: World, config: RunConfig, folder: Path, limit: int) -> None:
-    export.MAX_SHARD = limit
+    shards.MAX_SHARD = limit
     model = trained(world, config)
     base = Path(config.model.path)
     if config.lora is not None:
@@ -199,8 +201,8 @@ def test_two_ranks_write_the_bytes_of_one(
     method: str, tiny: Path, run_config: Configure, spawn: Spawn, alone: World, tmp_path: Path
 ) -> None:
     config = run_config(tiny, method=method)
-    export_all(alone, config, tmp_path / "one", export.MAX_SHARD)
-    spawn(2, export_all, config, tmp_path / "two", export.MAX_SHARD)
+    export_all(alone, config, tmp_path / "one", shards.MAX_SHARD)
+    spawn(2, export_all, config, tmp_path / "two", shards.MAX_SHARD)
     files = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.*")]
     assert any(file.suffix == ".safetensors" for file in files)
     for file in files:
@@ -210,7 +212,7 @@ def test_two_ranks_write_the_bytes_of_one(
 def test_a_large_model_comes_in_several_files(
     tiny: Path, run_config: Configure, alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "MAX_SHARD", 50_000)
+    monkeypatch.setattr(shards, "MAX_SHARD", 50_000)
     model = trained(alone, run_config(tiny, method="Full"))
     export_model(model, tiny, tmp_path / "model", alone)
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_bytes())
@@ -242,7 +244,30 @@ SHARDS: dict[str, tuple[int, dict[str, list[str]]]] = {
 
 @pytest.mark.parametrize(("limit", "expected"), SHARDS.values(), ids=SHARDS.keys())
 def test_weights_are_packed_into_files_in_order(limit: int, expected: dict[str, list[str]]) -> None:
-    assert plan_shards({"a": (2, 5), "b": (10,), "c": (4, 4)}, 4, limit) == expected
+    shapes = {"a": (2, 5), "b": (10,), "c": (4, 4)}
+    assert plan_shards([{name: Spec(torch.float32, shape)} for name, shape in shapes.items()], limit) == expected
+
+
+def test_tensors_of_every_kind_are_written_in_any_order(tmp_path: Path) -> None:
+    """As safetensors reads them: each at a multiple of its width, and those that belong together in one file."""
+    tensors = {
+        "a": torch.arange(5, dtype=torch.uint8),
+        "a.scale": torch.tensor(1.5),
+        "b": torch.randn(3, 4, dtype=torch.bfloat16),
+        "c": torch.randn(2, 3).t(),
+        "d": torch.empty(0, 4, dtype=torch.int8),
+    }
+    groups = [["a", "a.scale"], ["b"], ["c"], ["d"]]
+    specs = [{n: Spec(tensors[n].dtype, tuple(tensors[n].shape)) for n in names} for names in groups]
+    writer = ShardWriter(tmp_path, specs, limit=30)
+    for name in reversed(tensors):
+        writer.add(name, tensors[name])
+    writer.finish()
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert [set(load_file(file)) for file in files] == [{"a", "a.scale"}, {"b"}, {"c", "d"}]
+    for file in files:
+        for name, tensor in load_file(file).items():
+            assert torch.equal(tensor, tensors[name]), name
 
 
 # --- complete or absent -----------------------------------------------------------------------------------------------
@@ -262,7 +287,7 @@ def test_a_failed_export_leaves_no_folder_of_that_name(
     tiny: Path, run_config: Configure, alone: World, tmp_path: Path
 ) -> None:
     model = trained(alone, run_config(tiny))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ModelError, match="gone"):
         export_model(model, tmp_path / "gone", tmp_path / "merged", alone)
     assert not (tmp_path / "merged").exists()
     export_model(model, tiny, tmp_path / "merged", alone)

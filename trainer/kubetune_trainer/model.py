@@ -15,17 +15,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kubetune_trainer.architecture import Llama3Scaling, LlamaConfig, ModelError
+from kubetune_trainer.cross_entropy import Pair, linear_cross_entropy, sum_products
 
-__all__ = ["HEAD_CHUNK", "IGNORE", "KeyValueCache", "Llama", "LlamaConfig", "ModelError", "linear_cross_entropy"]
+__all__ = ["IGNORE", "KeyValueCache", "Llama", "LlamaConfig", "ModelError"]
 
 IGNORE: Final = -100
 """Label of a position without loss (PyTorch's ignore_index)."""
-
-HEAD_CHUNK: Final = 512
-"""Label tokens whose logits live at once: 0.26 GB in fp32 for Llama 3's 128,256 words, less than a block takes."""
-
-Pair = tuple[Tensor, Tensor]
-"""Cosine and sine of the RoPE angles, each [S, 1, E / 2]; or keys and values, each [B, S, K, E]."""
 
 
 class Documents(NamedTuple):
@@ -204,6 +199,14 @@ class Decoder(nn.Module):
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
+class Head(nn.Linear):
+    """The layer that gives the logits. It is never called, so that the loss can take it chunk by chunk."""
+
+    def products(self, hidden: Tensor) -> list[Pair]:
+        """What the logits of `hidden` [..., D] are the sum of: pairs of [..., K] and [V, K], to be multiplied."""
+        return [(hidden, self.weight)]
+
+
 class Llama(nn.Module):
     """A Llama language model. Build it under `torch.device("meta")` to allocate nothing."""
 
@@ -215,7 +218,7 @@ class Llama(nn.Module):
         self.model = Decoder(config)
         # A tied head has no module: the head then reads the embedding's weight.
         tied = config.tie_word_embeddings
-        self.lm_head = None if tied else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = None if tied else Head(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def blocks(self) -> list[Block]:
@@ -244,7 +247,7 @@ class Llama(nn.Module):
         `cache`: the positions before `input_ids`; the model adds these to it.
         Returns logits [B, S, V] in the weights' dtype; with a cache those of the last position only, [B, 1, V]; with
         labels the float32 SUM of the cross-entropy over all label tokens, in nats (0 if there are none), or
-        `by_document` the sum of each document, [documents]; then no gradient reaches the head.
+        `by_document` the sum of each document, [documents].
         """
         x = self.model.embed_tokens(input_ids)
         documents = None if lengths is None else Documents.of(lengths, x)
@@ -262,14 +265,17 @@ class Llama(nn.Module):
         if cache is not None:
             cache.length += input_ids.shape[1]
             x = x[:, -1:]
-        head = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         if labels is None:
-            return F.linear(self.model.norm(x), head)
+            return sum_products(self._products(self.model.norm(x)))
         chosen = labels != IGNORE
-        losses = linear_cross_entropy(self.model.norm(x[chosen]), head, labels[chosen], by_token=by_document)
+        products = self._products(self.model.norm(x[chosen]))
+        losses = linear_cross_entropy(products, labels[chosen], by_token=by_document)
         if documents is None or not by_document:
             return losses
         return losses.new_zeros(len(documents.lengths)).index_add(0, documents.numbers[chosen[0]], losses)
+
+    def _products(self, hidden: Tensor) -> list[Pair]:
+        return [(hidden, self.model.embed_tokens.weight)] if self.lm_head is None else self.lm_head.products(hidden)
 
 
 def inverse_frequencies(config: LlamaConfig) -> Tensor:
@@ -286,67 +292,3 @@ def _scale(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
     kept = (scaling.original_max_position_embeddings / wavelengths - low) / (high - low)
     kept = kept.clamp(0, 1)
     return (1 - kept) * frequencies / scaling.factor + kept * frequencies
-
-
-def linear_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor, *, by_token: bool = False) -> Tensor:
-    """Sum of the cross-entropy of `hidden @ head.T`, without ever holding all logits.
-
-    `hidden` [N, D], `head` [V, D], `targets` [N]. Returns a float32 scalar. Gradients are computed chunk by chunk in
-    the forward pass, while the logits are there, so that nothing is computed twice (Liger Kernel, Hsu et al. 2024).
-    `by_token` returns the loss of each target, [N]. Their later weights are not known yet, so only `hidden` gets
-    gradients: `head` counts as frozen.
-    """
-    if by_token or not torch.is_grad_enabled():
-        head = head.detach()
-    losses: Tensor = _LinearCrossEntropy.apply(hidden, head, targets)  # type: ignore[no-untyped-call]  # torch's apply
-    return losses if by_token else losses.sum()
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
-        hidden_gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        head_gradient = torch.zeros_like(head) if ctx.needs_input_grad[1] else None
-        losses = hidden.new_zeros(len(targets), dtype=torch.float32)
-        for start in range(0, len(targets), HEAD_CHUNK):
-            chunk = slice(start, start + HEAD_CHUNK)
-            into = None if hidden_gradient is None else hidden_gradient[chunk]
-            losses[chunk] = _head_chunk(hidden[chunk], head, targets[chunk], into, head_gradient)
-        ctx.save_for_backward(hidden_gradient, head_gradient)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        hidden_gradient, head_gradient = ctx.saved_tensors
-        (weights,) = gradients  # [N]; all the same where the head has a gradient, because then the sum was taken
-        if head_gradient is not None and len(weights):
-            head_gradient.mul_(weights[0])
-        return None if hidden_gradient is None else hidden_gradient.mul_(weights[:, None]), head_gradient, None
-
-
-def _head_chunk(
-    hidden: Tensor, head: Tensor, targets: Tensor, hidden_gradient: Tensor | None, head_gradient: Tensor | None
-) -> Tensor:
-    """The losses [n] of some rows; fills `hidden_gradient` and adds to `head_gradient`, where they are wanted.
-
-    A function of its own, so that the logits of one chunk are gone before those of the next.
-    """
-    logits = (hidden @ head.t()).float()
-    losses = _cross_entropy_(logits, targets)
-    gradient = logits.to(head.dtype)
-    if hidden_gradient is not None:
-        torch.mm(gradient, head, out=hidden_gradient)
-    if head_gradient is not None:
-        head_gradient.addmm_(gradient.t(), hidden)
-    return losses
-
-
-def _cross_entropy_(logits: Tensor, targets: Tensor) -> Tensor:
-    """The losses [n] of float32 `logits` [n, V], which become their own gradient: softmax minus the target's 1."""
-    logits -= logits.amax(dim=-1, keepdim=True)
-    rows = torch.arange(len(targets), device=targets.device)
-    chosen = logits[rows, targets]
-    totals = logits.exp_().sum(dim=-1, keepdim=True)
-    logits /= totals
-    logits[rows, targets] -= 1
-    return totals.log().squeeze(-1) - chosen

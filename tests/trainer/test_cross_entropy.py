@@ -7,7 +7,6 @@ import torch.nn.functional as F
 from kubetune_trainer.architecture import HEAD_CHUNK
 from kubetune_trainer.cross_entropy import linear_cross_entropy
 
-
 CHUNKS = {
     "less than one chunk": 5,
     "exactly one chunk": HEAD_CHUNK,

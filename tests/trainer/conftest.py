@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,15 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """peft 0.21 still asks transformers 5 under the old name."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def token_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tokenized data of the tests stay among the tests; their ranks inherit the variable."""
+    folder = tmp_path_factory.mktemp("tokens")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KUBETUNE_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

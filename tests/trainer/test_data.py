@@ -14,15 +14,10 @@ from hypothesis import strategies as st
 
 from kubetune_contract.dataset import DatasetConfig, ValidationConfig
 from kubetune_contract.exit_codes import ExitCode
-from kubetune_trainer.data import (
-    DataError,
-    Dataset,
-    Sample,
-    load_dataset,
-    load_prompts,
-    load_validation,
-)
+from kubetune_trainer.cache import cache_folder
+from kubetune_trainer.data import Dataset, Sample, arrange, describe, load_parts, load_questions, validation_source
 from kubetune_trainer.model import IGNORE
+from kubetune_trainer.rows import DataError
 from kubetune_trainer.tokenizer import Message, Tokenizer
 
 CHATML = """\
@@ -59,7 +54,18 @@ def write_rows(folder: Path, *conversations: Any) -> Path:
 
 
 def load(path: Path, tokenizer: Tokenizer, **options: Any) -> Dataset:
-    return load_dataset(DatasetConfig(path=str(path), **options), tokenizer)
+    return load_config(DatasetConfig(path=str(path), **options), tokenizer)
+
+
+def load_config(config: DatasetConfig, tokenizer: Tokenizer) -> Dataset:
+    return arrange(load_parts(config, tokenizer, cache_folder(Path())), config, config.packed)
+
+
+def only(dataset: Dataset) -> Sample:
+    """The one document of the one row."""
+    assert len(dataset) == 1
+    (sample,) = dataset.samples(0)
+    return sample
 
 
 def learnt(sample: Sample, tokenizer: Tokenizer) -> list[str]:
@@ -92,7 +98,7 @@ MASKS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
 def test_the_loss_is_on_the_answers(case: str, chat_folder: NextFolder, tmp_path: Path) -> None:
     template, config, expected = MASKS[case]
     tokenizer = Tokenizer.from_folder(chat_folder(template, **config))
-    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer).samples
+    sample = only(load(write_rows(tmp_path, CAPITALS), tokenizer))
     assert learnt(sample, tokenizer) == expected
 
 
@@ -104,19 +110,19 @@ def test_the_loss_is_on_the_answers(case: str, chat_folder: NextFolder, tmp_path
     ],
 )
 def test_train_on(train_on: str, expected: list[str], tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer, train_on=train_on).samples
+    sample = only(load(write_rows(tmp_path, CAPITALS), tokenizer, train_on=train_on))
     assert learnt(sample, tokenizer) == expected
 
 
 def test_train_on_all_learns_every_token_but_the_first(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer, train_on="All").samples
+    sample = only(load(write_rows(tmp_path, CAPITALS), tokenizer, train_on="All"))
     ids = tokenizer.encode(tokenizer.render(CAPITALS))
     assert sample.input_ids.tolist() == ids[:-1]
     assert sample.labels.tolist() == ids[1:]
 
 
 def test_labels_are_the_next_tokens_and_end_the_sample(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    (sample,) = load(write_rows(tmp_path, [*CAPITALS, {"role": "user", "content": "Thanks!"}]), tokenizer).samples
+    sample = only(load(write_rows(tmp_path, [*CAPITALS, {"role": "user", "content": "Thanks!"}]), tokenizer))
     ids = tokenizer.encode(tokenizer.render(CAPITALS))
     length = len(sample.input_ids)
     assert sample.input_ids.tolist() == ids[:length]
@@ -127,13 +133,13 @@ def test_labels_are_the_next_tokens_and_end_the_sample(tokenizer: Tokenizer, tmp
 
 def test_an_empty_answer_is_its_end_of_turn(tokenizer: Tokenizer, tmp_path: Path) -> None:
     row = [{"role": "user", "content": "Be silent."}, {"role": "assistant", "content": ""}]
-    (sample,) = load(write_rows(tmp_path, row), tokenizer).samples
+    sample = only(load(write_rows(tmp_path, row), tokenizer))
     assert learnt(sample, tokenizer) == ["<|im_end|>"]
 
 
 def test_an_answer_that_starts_with_white_space_keeps_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     row = [{"role": "user", "content": "?"}, {"role": "assistant", "content": " Lima."}]
-    (sample,) = load(write_rows(tmp_path, row), tokenizer).samples
+    sample = only(load(write_rows(tmp_path, row), tokenizer))
     assert learnt(sample, tokenizer) == [" Lima.<|im_end|>"]
 
 
@@ -147,14 +153,14 @@ def test_any_text_is_masked_as_if_its_answers_were_tokenized_apart(
 ) -> None:
     row = [[{"role": "user", "content": ask}, {"role": "assistant", "content": answer}] for ask, answer in turns]
     with TemporaryDirectory() as folder:
-        (sample,) = load(write_rows(Path(folder), list(chain(*row))), tokenizer).samples
+        sample = only(load(write_rows(Path(folder), list(chain(*row))), tokenizer))
     expected = chain(*(tokenizer.encode(f"{answer}<|im_end|>") for _, answer in turns))
     assert sample.labels[sample.labels != IGNORE].tolist() == list(expected)
 
 
 def test_a_real_tokenizer_is_masked_alike(smollm2: Path, tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_folder(smollm2)
-    (sample,) = load(write_rows(tmp_path, CAPITALS), tokenizer).samples
+    sample = only(load(write_rows(tmp_path, CAPITALS), tokenizer))
     assert learnt(sample, tokenizer) == ["Paris.<|im_end|>", "Lima. 🙂<|im_end|>"]
 
 
@@ -163,7 +169,7 @@ def test_a_real_tokenizer_is_masked_alike(smollm2: Path, tmp_path: Path) -> None
 GOOD = json.dumps({"messages": CAPITALS})
 BAD_ROWS = {
     "not JSON": ('{"messages": [', "not JSON ("),
-    "not an object": ("[]", '"messages" must be a list with at least one message'),
+    "not an object": ("[]", "not an object with the columns as its keys"),
     "no messages": ('{"text": "hello"}', '"messages" must be a list with at least one message'),
     "an empty conversation": ('{"messages": []}', '"messages" must be a list with at least one message'),
     "a message that is a text": ('{"messages": ["hello"]}', 'message 1 must be an object with "role" and "content"'),
@@ -186,7 +192,7 @@ def test_a_bad_row_is_told_with_file_line_and_reason(case: str, tokenizer: Token
     path.write_text(f"{GOOD}\n\n{row}\n{GOOD}\n")
     with pytest.raises(DataError) as caught:
         load(path, tokenizer)
-    assert str(caught.value).startswith(f"{path}: 1 row cannot be used: line 3: {reason}")
+    assert str(caught.value).startswith(f"1 row cannot be used: {path}: line 3: {reason}")
     assert caught.value.exit_code == ExitCode.INVALID_DATA
 
 
@@ -196,7 +202,7 @@ def test_the_first_ten_bad_rows_are_told_at_once(tokenizer: Tokenizer, tmp_path:
     with pytest.raises(DataError) as caught:
         load(path, tokenizer)
     text = str(caught.value)
-    assert text.startswith(f"{path}: 12 rows cannot be used: line 1: ")
+    assert text.startswith(f"12 rows cannot be used: {path}: line 1: ")
     assert text.count("line ") == 10
     assert text.endswith("; and 2 more")
 
@@ -215,7 +221,7 @@ def test_extra_keys_and_line_separators_inside_texts_are_no_problem(tokenizer: T
     ]
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps({"messages": messages, "id": 7}, ensure_ascii=False) + "\r\n")
-    assert load(path, tokenizer).rows == 1
+    assert len(load(path, tokenizer)) == 1
 
 
 @pytest.mark.parametrize("content", ["", "\n \n"])
@@ -266,7 +272,10 @@ def test_answers_that_are_all_cut_off_are_told_with_the_length_that_would_do(
 
 def test_rows_that_teach_nothing_are_left_out_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
     dataset = load(write_rows(tmp_path, CAPITALS, CAPITALS[:2], CAPITALS), tokenizer)
-    assert (dataset.rows, dataset.unlabelled, len(dataset.samples)) == (3, 1, 2)
+    assert len(dataset) == 2
+    config = DatasetConfig(path="unused")
+    assert "3 conversations; " in describe(dataset, config)
+    assert "1 left out, because nothing in them carries the loss" in describe(dataset, config)
 
 
 def test_long_conversations_are_cut_at_the_end_and_counted(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -274,10 +283,12 @@ def test_long_conversations_are_cut_at_the_end_and_counted(tokenizer: Tokenizer,
     whole = load(path, tokenizer)
     cut = int(whole.lengths[0]) - 3
     dataset = load(path, tokenizer, max_sequence_length=cut)
-    assert dataset.truncated == 1
-    assert len(dataset.samples[0].input_ids) == cut - 1  # the last token has no target any more
-    assert dataset.samples[0].labels.tolist() == whole.samples[0].labels.tolist()[: cut - 1]
-    assert dataset.samples[1].labels.tolist() == whole.samples[1].labels.tolist()
+    config = DatasetConfig(path=str(path), max_sequence_length=cut)
+    assert f"1 cut to {cut} tokens (dataset.max_sequence_length)" in describe(dataset, config)
+    (first,), (second,) = dataset.samples(0), dataset.samples(1)
+    assert len(first.input_ids) == cut - 1  # the last token has no target any more
+    assert first.labels.tolist() == whole.samples(0)[0].labels.tolist()[: cut - 1]
+    assert second.labels.tolist() == whole.samples(1)[0].labels.tolist()
 
 
 # --- held-out data ---
@@ -286,12 +297,14 @@ def test_long_conversations_are_cut_at_the_end_and_counted(tokenizer: Tokenizer,
 def test_validation_is_read_with_the_options_of_the_training_data(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path, CAPITALS)
     training = DatasetConfig(path="elsewhere", train_on="Last")
-    held_out = load_validation(ValidationConfig(path=str(path)), training, tokenizer)
-    assert learnt(held_out.samples[0], tokenizer) == ["Lima. 🙂<|im_end|>"]
+    held_out = load_config(validation_source(ValidationConfig(path=str(path)), training), tokenizer)
+    assert learnt(only(held_out), tokenizer) == ["Lima. 🙂<|im_end|>"]
 
 
-def test_prompts_end_before_the_last_answer(tmp_path: Path) -> None:
+def test_questions_end_before_the_last_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path, CAPITALS, CAPITALS[:2], CAPITALS[1:3], CAPITALS)
-    first, second = load_prompts(path, 2)
-    assert (first.messages, first.text, first.reference) == (CAPITALS[:4], "And of Peru?", "Lima. 🙂")
+    config = DatasetConfig(path=str(path))
+    first, second = load_questions(load_parts(config, tokenizer, cache_folder(Path())), 2, config, tokenizer)
+    assert (first.text, first.reference) == ("And of Peru?", "Lima. 🙂")
+    assert first.rendered == tokenizer.render(CAPITALS[:4], add_generation_prompt=True)
     assert (second.text, second.reference) == ("What is the capital of France?", "Paris.")

@@ -5,14 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import loop
+from kubetune_trainer.cache import cache_folder
 from kubetune_trainer.checkpoint import Checkpointer
-from kubetune_trainer.data import Dataset, Sample, Sampler, load_dataset, load_validation
+from kubetune_trainer.data import Sample, arrange, load_data
 from kubetune_trainer.distributed import World, full_tensor
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.loop import NonFiniteLossError, Run, SavedError, StopFlag
@@ -21,6 +23,7 @@ from kubetune_trainer.optim import make_optimizer
 from kubetune_trainer.parallel import build
 from kubetune_trainer.peft import trainable
 from kubetune_trainer.report import Reporter, read_metrics
+from kubetune_trainer.sampling import Sampler
 from kubetune_trainer.tokenizer import Tokenizer
 
 SUMS = {"rtol": 1e-5, "atol": 1e-7}
@@ -29,9 +32,7 @@ SUMS = {"rtol": 1e-5, "atol": 1e-7}
 
 def make_run(config: RunConfig, world: World, total: int = 10, **changes: Any) -> Run:
     tokenizer = Tokenizer.from_folder(Path(config.model.path))
-    data = load_dataset(config.dataset, tokenizer)
-    assert config.validation is not None
-    held_out = load_validation(config.validation, config.dataset, tokenizer)
+    data, held_out = load_data(config, tokenizer, cache_folder(Path(config.output_dir)))
     training, folder = config.training, Path(config.output_dir)
     folder.mkdir(exist_ok=True)
     batch = training.batch_size * training.gradient_accumulation_steps * world.size
@@ -117,7 +118,7 @@ def test_a_step_is_that_of_the_mean_over_all_label_tokens(
     if method == "Full":
         config = config.model_copy(update={"method": "Full", "adapter": None})
     run = make_run(with_training(config, batch_size=rows, gradient_accumulation_steps=1), alone)
-    input_ids, labels = padded([run.data.samples[row] for row in run.sampler.rows(0)])
+    input_ids, labels = padded([sample for row in run.sampler.rows(0) for sample in run.data.samples(row)])
     mean = run.model(input_ids, labels) / (labels != IGNORE).sum()
     mean.backward()
     norm = torch.nn.utils.clip_grad_norm_(run.params, 0.05)
@@ -154,7 +155,8 @@ def test_the_first_loss_is_that_of_the_data(config: RunConfig, alone: World) -> 
     run = make_run(config, alone)
     loss, _, _ = take_step(run)
     rows = run.sampler.rows(0)
-    subset = Dataset([run.data.samples[row] for row in rows], rows=4, truncated=0, unlabelled=0)
+    part = replace(run.data.parts[0], chosen=np.sort(rows))
+    subset = arrange([part], config.dataset, packed=False)
     fresh = make_run(config, alone)
     assert loop.mean_loss(fresh, subset) == pytest.approx(loss, rel=1e-6)
 
@@ -220,7 +222,7 @@ def test_sigterm_sets_the_flag() -> None:
 def test_validation_is_the_mean_over_label_tokens_without_dropout(training_run: RunConfig, alone: World) -> None:
     run = make_run(training_run, alone)
     assert run.held_out is not None
-    input_ids, labels = padded(run.held_out.samples)
+    input_ids, labels = padded([sample for row in range(len(run.held_out)) for sample in run.held_out.samples(row)])
     run.model.eval()
     with torch.no_grad():
         expected = (run.model(input_ids, labels) / (labels != IGNORE).sum()).item()

@@ -13,7 +13,8 @@ import torch
 from kubetune_contract.config import RunConfig
 from kubetune_contract.presets import merge
 from kubetune_trainer import train
-from kubetune_trainer.data import Sampler, load_dataset
+from kubetune_trainer.cache import cache_folder
+from kubetune_trainer.data import load_data
 from kubetune_trainer.distributed import World
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.loop import StopFlag
@@ -21,6 +22,7 @@ from kubetune_trainer.model import IGNORE
 from kubetune_trainer.parallel import build
 from kubetune_trainer.peft import peft_name, trainable
 from kubetune_trainer.report import read_metrics
+from kubetune_trainer.sampling import Sampler
 from kubetune_trainer.tokenizer import Tokenizer
 
 LOSS_BAR = 1e-4
@@ -127,13 +129,14 @@ def steps_of(config: RunConfig) -> int:
 
 def batches(config: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The rows of each step as one padded batch for transformers: -1 where there is padding, labels in place."""
-    data = load_dataset(config.dataset, Tokenizer.from_folder(Path(config.model.path)))
+    tokenizer = Tokenizer.from_folder(Path(config.model.path))
+    data = load_data(config, tokenizer, cache_folder(Path(config.output_dir))).training
     training = config.training
     rows = training.batch_size * training.gradient_accumulation_steps
     sampler = Sampler(data.lengths, rows, training.batch_size, training.seed, config.dataset.shuffle)
     found = []
     for step in range(steps_of(config)):
-        samples = [data.samples[row] for row in sampler.rows(step)]
+        samples = [sample for row in sampler.rows(step) for sample in data.samples(row)]
         # A sample has no room for the last target, which is a label only: transformers finds labels in the input.
         ids = [torch.tensor([*sample.input_ids, sample.labels[-1]]) for sample in samples]
         labels = [torch.tensor([IGNORE, *sample.labels]) for sample in samples]

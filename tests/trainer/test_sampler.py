@@ -1,31 +1,11 @@
-"""Batches: padding, and which rank trains on which row in which step."""
+"""Which rank trains on which row in which step."""
 
 import numpy as np
-import torch
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kubetune_trainer.data import Sample, Sampler, collate, deal
-from kubetune_trainer.model import IGNORE
-
-
-def sample(*labels: int) -> Sample:
-    return Sample(np.arange(len(labels), dtype=np.int32), np.array(labels, dtype=np.int32))
-
-
-def test_a_batch_is_its_samples_end_to_end() -> None:
-    input_ids, labels, lengths = collate([sample(7), sample(IGNORE, 8, 9)])
-    assert input_ids.tolist() == [[0, 0, 1, 2]]
-    assert labels.tolist() == [[7, IGNORE, 8, 9]]
-    assert lengths == [1, 3]
-    assert (input_ids.dtype, labels.dtype) == (torch.int64, torch.int64)
-
-
-def test_a_rank_without_a_row_gets_one_ignored_token() -> None:
-    input_ids, labels, lengths = collate([])
-    assert input_ids.shape == labels.shape == (1, 1)
-    assert labels.item() == IGNORE
-    assert lengths == [1]
+from kubetune_trainer.sampling import Sampler, Share, deal
 
 
 def sampler(rows: int, batch: int, micro: int = 1, shuffle: bool = True, seed: int = 1) -> Sampler:
@@ -77,3 +57,46 @@ def test_neighbours_in_length_share_a_pass() -> None:
     rows = np.arange(4, dtype=np.int32)
     assert deal(rows, lengths, micro_batch=2, rank=0, size=1) == [[1, 3], [2, 0]]
     assert [deal(rows, lengths, micro_batch=1, rank=rank, size=2) for rank in (0, 1)] == [[[1], [2]], [[3], [0]]]
+
+
+# --- mixtures ---
+
+COUNTS = {
+    "once": (1.0, 10),
+    "a random half": (0.5, 5),
+    "twice": (2.0, 20),
+    "twice and a random quarter": (2.25, 22),
+    "at least one": (0.01, 1),
+}
+
+
+@pytest.mark.parametrize("case", COUNTS)
+def test_a_weight_is_the_number_of_passes_over_its_rows(case: str) -> None:
+    weight, expected = COUNTS[case]
+    lengths = np.ones(15, dtype=np.int32)
+    plan = Sampler(lengths, 7, 1, seed=3, shuffle=True, shares=(Share(0, 5), Share(5, 15, weight)))
+    for epoch in range(3):
+        steps = range(epoch * plan.steps_per_epoch, (epoch + 1) * plan.steps_per_epoch)
+        taken = np.concatenate([plan.rows(step) for step in steps])
+        counts = np.bincount(taken, minlength=15)
+        assert counts[:5].tolist() == [1] * 5
+        assert counts[5:].sum() == expected
+        assert counts[5:].max() - counts[5:].min() <= 1
+
+
+def test_each_epoch_draws_another_part_and_a_seed_repeats_them() -> None:
+    def draws(seed: int) -> list[list[int]]:
+        plan = Sampler(np.ones(40, dtype=np.int32), 20, 1, seed, shuffle=False, shares=(Share(0, 40, 0.5),))
+        return [plan.rows(epoch).tolist() for epoch in range(2)]
+
+    first, second = draws(1)
+    assert first != second
+    assert [first, second] == draws(1)
+    assert first != draws(2)[0]
+    assert first == sorted(first), "without shuffling the order of the file stays"
+
+
+def test_an_equal_mixture_is_interleaved_when_it_is_shuffled() -> None:
+    shares = (Share(0, 50), Share(50, 100))
+    plan = Sampler(np.ones(100, dtype=np.int32), 50, 1, seed=1, shuffle=True, shares=shares)
+    assert 10 < np.count_nonzero(plan.rows(0) < 50) < 40

@@ -258,7 +258,7 @@ WRONG: dict[str, tuple[Callable[[RunConfig], RunConfig], int, str]] = {
     "no chat template": (no_template, 66, "has no chat template"),
     "no data": (no_data, 65, "none.jsonl cannot be read: No such file or directory"),
     "data without answers": (no_answers, 65, "so there is nothing to learn: add answers"),
-    "a bad held-out row": (bad_held_out_row, 65, "held-out.jsonl: 1 row cannot be used: line 1"),
+    "a bad held-out row": (bad_held_out_row, 65, 'held-out.jsonl: line 1: "messages" must be a list'),
     "an output folder that cannot be": (no_folder, 68, "out cannot be written: "),
     "weights that are no numbers": (broken_weights, 70, "step 1 has loss nan"),
 }

@@ -1,53 +1,50 @@
-"""The data side: rows to samples, and which rows make up which step.
+"""The data of a run: what is trained on, what is held out, and the batches of both.
 
-The loss mask comes from rendered text: the conversation up to an answer (with the generation prompt) must be a prefix
-of the whole, so the answer is what follows it. The whole is tokenized once; offsets say which tokens lie in an answer.
+A row of a Dataset is what a batch counts: one document, several that share a packed sequence, or a pair of a chosen and
+a rejected one. Batches are ragged: documents one after another without padding, with the length of each.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from hashlib import sha256
-from itertools import pairwise
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kubetune_contract.dataset import DatasetConfig, ValidationConfig
-from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_contract.config import RunConfig
+from kubetune_contract.dataset import DatasetConfig, MixedDataset, RowOptions, ValidationConfig
+from kubetune_trainer.cache import load_tokenized
+from kubetune_trainer.formats import Formatter, Question
 from kubetune_trainer.model import IGNORE
-from kubetune_trainer.tokenizer import Message, Tokenizer
+from kubetune_trainer.packing import pack
+from kubetune_trainer.rows import DataError, RowError, read_rows
+from kubetune_trainer.sampling import Share, Tokens
+from kubetune_trainer.sources import Origin, origin_of
+from kubetune_trainer.tokenizer import Tokenizer
+from kubetune_trainer.tokens import SHOWN_PROBLEMS, Tokenized
 
-Tokens = npt.NDArray[np.int32]
+Numbers = npt.NDArray[np.int64]
 
-ROLES: Final = ("system", "user", "assistant")
-_SHOWN_PROBLEMS: Final = 10
-
-
-class DataError(JobError):
-    """The data file cannot be trained on. Names the file, the lines and the reasons."""
-
-    exit_code = ExitCode.INVALID_DATA
-
-
-class _RowError(Exception):
-    """Why one row cannot be used."""
+_FINEST_SHARE: Final = 64
+"""Packed rows that a dataset has at least if an epoch takes a part of them, so that the part is about its weight."""
 
 
-# --- rows to samples -------------------------------------------------------------------------------------------------
+class Batch(NamedTuple):
+    """Tokenized one after another."""
+
+    input_ids: torch.Tensor
+    """int64 [1, tokens]"""
+    labels: torch.Tensor
+    """int64 [1, tokens]: the target of each position (already shifted), or IGNORE."""
+    lengths: list[int]
+    """Tokens of each document; of a pair first the chosen, then the rejected one."""
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sequence. `labels[i]` is the target of position i (already shifted) or IGNORE.
-
-    It ends with its last label: under causal attention later positions change no loss.
-    """
+class Sample(NamedTuple):
+    """One document."""
 
     input_ids: Tokens
     """[sequence]"""
@@ -56,272 +53,258 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Dataset:
-    """All samples of a file and what became of its rows."""
+class Part:
+    """Some documents of one dataset."""
 
-    samples: list[Sample]
-    rows: int
-    """Conversations in the file."""
-    truncated: int
-    """Conversations longer than max_sequence_length."""
-    unlabelled: int
-    """Conversations left out because none of their tokens carries the loss."""
+    origin: Origin
+    options: RowOptions
+    documents: Tokenized
+    chosen: Numbers
+    """Numbers of the documents, in the order of the files."""
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Rows to train on or to measure."""
+
+    parts: tuple[Part, ...]
+    members: Numbers
+    """Part and document of each document, row by row. [documents, 2]"""
+    bounds: Numbers
+    """Row r has members[bounds[r]:bounds[r + 1]]. [rows + 1]"""
+    shares: tuple[Share, ...]
+    """How much of each part an epoch takes."""
+    pairs: bool
+    """Whether each row is a chosen and a rejected document."""
+    packed: bool
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
 
     @cached_property
     def lengths(self) -> Tokens:
-        """Tokens of each sample. [samples]"""
-        return np.array([len(sample.input_ids) for sample in self.samples], dtype=np.int32)
+        """Tokens of each row. [rows]"""
+        return self._per_row([part.documents.lengths for part in self.parts])
 
     @cached_property
     def label_counts(self) -> Tokens:
-        """Tokens of each sample that carry the loss. [samples]"""
-        return np.array([np.count_nonzero(sample.labels != IGNORE) for sample in self.samples], dtype=np.int32)
+        """Tokens of each row that carry the loss. [rows]"""
+        return self._per_row([part.documents.label_counts for part in self.parts])
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The rows' documents.
+
+        No row gives ignored tokens: a rank without a row must run the same forward passes as its peers.
+        """
+        samples = [sample for row in rows for sample in self.samples(row)] or [_NOTHING] * (1 + self.pairs)
+        input_ids, labels = (np.concatenate(arrays).astype(np.int64)[None] for arrays in zip(*samples, strict=True))
+        lengths = [len(sample.input_ids) for sample in samples]
+        return Batch(torch.from_numpy(input_ids), torch.from_numpy(labels), lengths)
+
+    def samples(self, row: int) -> list[Sample]:
+        """The documents of a row."""
+        found = []
+        for part, document in self.members[self.bounds[row] : self.bounds[row + 1]]:
+            documents = self.parts[part].documents
+            start, stop = documents.bounds[document : document + 2]
+            ids, carries = np.array(documents.ids[start:stop]), documents.carries[start:stop]
+            found.append(Sample(ids[:-1], np.where(carries[1:], ids[1:], IGNORE).astype(np.int32)))
+        return found
+
+    def places(self, rows: Sequence[int]) -> list[str]:
+        """Where the rows' documents stand in the data, such as `train.jsonl:12`, each place once."""
+        members = [pair for row in rows for pair in self.members[self.bounds[row] : self.bounds[row + 1]]]
+        return list(dict.fromkeys(self._place(part, document) for part, document in members))
+
+    def _place(self, part: int, document: int) -> str:
+        documents = self.parts[part].documents
+        file, row = documents.rows[document]
+        return f"{_joined(self.parts[part].origin.name, documents.counts.files[file])}:{row}"
+
+    def _per_row(self, values: list[Tokens]) -> Tokens:
+        firsts = np.cumsum([0, *map(len, values)])[:-1]
+        each = np.concatenate(values)[firsts[self.members[:, 0]] + self.members[:, 1]]
+        return np.add.reduceat(each, self.bounds[:-1]).astype(np.int32)
 
 
-@dataclass(frozen=True)
-class Prompt:
-    """A held-out question."""
-
-    messages: list[Message]
-    """The conversation up to the answer."""
-    text: str
-    """Its last turn, for people."""
-    reference: str
-    """The answer in the data."""
+_NOTHING: Final = Sample(np.zeros(1, dtype=np.int32), np.full(1, IGNORE, dtype=np.int32))
 
 
-def load_dataset(options: DatasetConfig, tokenizer: Tokenizer) -> Dataset:
-    """Reads, renders and tokenizes the file.
+class Data(NamedTuple):
+    """What a run reads."""
+
+    training: Dataset
+    held_out: Dataset | None
+
+
+def load_data(config: RunConfig, tokenizer: Tokenizer, cache: Path) -> Data:
+    """Reads, renders and tokenizes what the run needs, or opens what an earlier run has left in `cache`.
 
     Raises DataError for a file, row or template that cannot be used, and where no token would carry the loss.
     """
-    rendered = _render_all(options, tokenizer)
-    encodings = tokenizer.encode_batch([text for text, _ in rendered])
-    turn_ends = frozenset[int]() if options.train_on == "All" else tokenizer.special_ids
-    cut = options.max_sequence_length
-    pairs = zip(encodings, rendered, strict=True)
-    samples = [_sample(encoding, spans, turn_ends, cut) for encoding, (_, spans) in pairs]
-    kept = [sample for sample in samples if sample is not None]
-    lengths = [len(encoding.ids) for encoding in encodings]
-    if not kept:
-        raise DataError(_nothing_to_learn(options, any(spans for _, spans in rendered), max(lengths)))
-    truncated = sum(length > cut for length in lengths)
-    return Dataset(kept, rows=len(samples), truncated=truncated, unlabelled=len(samples) - len(kept))
+    options, validation = config.dataset, config.validation
+    parts = load_parts(options, tokenizer, cache)
+    if validation is None:
+        return Data(arrange(parts, options, options.packed), None)
+    if validation.fraction is not None:
+        parts, apart = hold_out(parts, validation.fraction, config.training.seed)
+    else:
+        apart = load_parts(validation_source(validation, options), tokenizer, cache)
+    return Data(arrange(parts, options, options.packed), arrange(apart, options, packed=False))
 
 
-def load_validation(validation: ValidationConfig, training: DatasetConfig, tokenizer: Tokenizer) -> Dataset:
+def validation_source(validation: ValidationConfig, training: DatasetConfig) -> DatasetConfig:
     """The held-out file, read with the options of the training data."""
-    return load_dataset(training.model_copy(update={"path": validation.path}), tokenizer)
+    return training.model_copy(update={"path": validation.path, "repo": None, "mixture": [], "weight": 1.0})
 
 
-def load_prompts(path: Path, count: int) -> list[Prompt]:
-    """The first `count` conversations of a file that have an answer, each up to its last answer."""
-    prompts: list[Prompt] = []
-    for _, messages in _read_rows(path):
-        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant" and i > 0]
-        if answers and len(prompts) < count:
-            last = answers[-1]
-            prompts.append(Prompt(messages[:last], messages[last - 1]["content"], messages[last]["content"]))
-    return prompts
+def load_parts(options: DatasetConfig, tokenizer: Tokenizer, cache: Path) -> list[Part]:
+    """All datasets of the mixture. Raises DataError where one cannot be used."""
+    parts = []
+    sources: list[DatasetConfig | MixedDataset] = [options, *options.mixture]
+    for source in sources:
+        origin = origin_of(source)
+        documents = load_tokenized(origin, source, options, tokenizer, cache)
+        parts.append(Part(origin, source, documents, np.arange(len(documents.label_counts))))
+    _refuse_bad_rows(parts, options.max_bad_rows)
+    for part in parts:
+        _refuse_nothing(part, options)
+    return parts
 
 
-def digest_data(path: Path) -> str:
-    """SHA-256 of a data file. Raises DataError where it cannot be read."""
-    return sha256(_read_bytes(path)).hexdigest()
+def hold_out(parts: Sequence[Part], fraction: float, seed: int) -> tuple[list[Part], list[Part]]:
+    """(training, held out): a part of each dataset drawn from the seed. Raises DataError where one is left empty."""
+    kept: list[Part] = []
+    apart: list[Part] = []
+    for number, part in enumerate(parts):
+        width = _width(part)
+        rows = len(part.chosen) // width
+        count = max(1, round(fraction * rows))
+        if count >= rows:
+            raise DataError(
+                f"{part.origin.name} has {rows} usable rows, of which validation.fraction {fraction} leaves none to "
+                "train on: use validation.path, or add data"
+            )
+        order = np.random.RandomState([seed, number]).permutation(rows)
+        for target, chosen in ((apart, order[:count]), (kept, order[count:])):
+            documents = np.sort(chosen)[:, None] * width + np.arange(width)
+            target.append(Part(part.origin, part.options, part.documents, documents.reshape(-1)))
+    return kept, apart
 
 
-def collate(samples: Sequence[Sample]) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
-    """input_ids and labels, int64 [1, sequence], of the samples end to end, and the length of each.
+def arrange(parts: Sequence[Part], options: DatasetConfig, packed: bool) -> Dataset:
+    """The rows of a dataset: documents, pairs, or packed sequences of documents of one part."""
+    members, sizes = [], []
+    shares: list[Share] = []
+    for number, part in enumerate(parts):
+        documents, bounds = _rows(part, options.max_sequence_length, packed)
+        members.append(np.stack([np.full(len(documents), number), part.chosen[documents]], axis=1))
+        first = shares[-1].stop if shares else 0
+        sizes.append(np.diff(bounds))
+        shares.append(Share(first, first + len(bounds) - 1, part.options.weight))
+    bounds = np.concatenate(([0], np.cumsum(np.concatenate(sizes))))
+    return Dataset(tuple(parts), np.concatenate(members), bounds, tuple(shares), options.format == "Preference", packed)
 
-    No sample gives one ignored token: a rank without a row must run the same forward passes as its peers.
-    """
-    if not samples:
-        return torch.zeros((1, 1), dtype=torch.int64), torch.full((1, 1), IGNORE), [1]
-    input_ids = np.concatenate([sample.input_ids for sample in samples], dtype=np.int64)
-    labels = np.concatenate([sample.labels for sample in samples], dtype=np.int64)
-    lengths = [len(sample.input_ids) for sample in samples]
-    return torch.from_numpy(input_ids)[None], torch.from_numpy(labels)[None], lengths
+
+def _rows(part: Part, capacity: int, packed: bool) -> tuple[Numbers, Numbers]:
+    count = len(part.chosen)
+    if not packed:
+        return np.arange(count), np.arange(0, count + 1, _width(part))
+    lengths = part.documents.lengths[part.chosen]
+    if part.options.weight % 1:
+        capacity = min(capacity, max(int(lengths.max()), -(-int(lengths.sum()) // _FINEST_SHARE)))
+    return pack(lengths, capacity)
 
 
-def _read_rows(path: Path) -> list[tuple[int, list[Message]]]:
-    """(line number, conversation) of each row that is not blank."""
-    rows, problems = [], []
-    for number, line in enumerate(_read_bytes(path).split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append((number, _messages(line)))
-        except _RowError as error:
-            problems.append(f"line {number}: {error}")
-    _refuse(path, problems)
-    if not rows:
+def _width(part: Part) -> int:
+    return 2 if part.options.format == "Preference" else 1
+
+
+def load_questions(parts: Sequence[Part], count: int, training: DatasetConfig, tokenizer: Tokenizer) -> list[Question]:
+    """The first `count` rows that have an answer, each up to its last answer."""
+    questions: list[Question] = []
+    for part in parts:
+        formatter = Formatter(part.options, training.train_on, tokenizer)
+        wanted = {(int(file), int(row)) for file, row in part.documents.rows[part.chosen]}
+        for number, file in enumerate(part.origin.source().files if count else ()):
+            for row_number, row in read_rows(file, formatter.columns):
+                if len(questions) == count:
+                    return questions
+                if (number, row_number) in wanted and not isinstance(row, RowError):
+                    questions += filter(None, [formatter.question(row)])
+    return questions
+
+
+# --- what is told and refused ---
+
+
+def describe(data: Dataset, options: DatasetConfig) -> str:
+    """What became of the rows, for people."""
+    counts = [part.documents.counts for part in data.parts]
+    kept, rows = sum(len(part.chosen) for part in data.parts), sum(count.rows for count in counts)
+    names = ", ".join(part.origin.name for part in data.parts)
+    told = [
+        f"{names}: {rows:,} {_NAMES.get(options.format, 'conversations')}",
+        f"{data.lengths.sum():,} tokens, {data.label_counts.sum():,} of them carry the loss",
+    ]
+    if kept < (usable := sum(len(part.documents.label_counts) for part in data.parts)):
+        told.insert(1, f"{kept / usable:.0%} of them here (validation.fraction)")
+    if truncated := sum(count.truncated for count in counts):
+        told.append(f"{truncated:,} cut to {options.max_sequence_length} tokens (dataset.max_sequence_length)")
+    if unlabelled := sum(count.unlabelled for count in counts):
+        told.append(f"{unlabelled:,} left out, because nothing in them carries the loss")
+    if bad := sum(count.bad for count in counts):
+        example = _problems(data.parts)[0]
+        told.append(f"{bad:,} left out, because they are malformed (dataset.max_bad_rows), such as {example}")
+    if data.packed:
+        fill = data.lengths.sum() / (len(data) * options.max_sequence_length)
+        told.append(f"packed into {len(data):,} sequences that are {fill:.1%} full")
+    return "; ".join(told)
+
+
+_NAMES: Final = {"Completion": "texts", "Preference": "pairs"}
+"""What rows are called, where they are not conversations."""
+
+
+def _joined(name: str, file: str) -> str:
+    return f"{name}/{file}" if file else name
+
+
+def _problems(parts: Sequence[Part]) -> list[str]:
+    """The first bad rows, the first of each file with its name."""
+    told, last = [], None
+    for part in parts:
+        for file, reason in part.documents.counts.problems:
+            name = _joined(part.origin.name, file)
+            told.append(reason if name == last else f"{name}: {reason}")
+            last = name
+    return told
+
+
+def _refuse_bad_rows(parts: Sequence[Part], tolerated: int) -> None:
+    bad = [part for part in parts if part.documents.counts.bad]
+    count = sum(part.documents.counts.bad for part in bad)
+    if count <= tolerated:
+        return
+    problems = _problems(bad)
+    more = f"; and {count - SHOWN_PROBLEMS} more" if count > SHOWN_PROBLEMS else ""
+    rows = "1 row" if count == 1 else f"{count} rows"
+    allowed = f", but dataset.max_bad_rows is {tolerated}" if tolerated else ""
+    raise DataError(f"{rows} cannot be used{allowed}: " + "; ".join(problems[:SHOWN_PROBLEMS]) + more)
+
+
+def _refuse_nothing(part: Part, options: DatasetConfig) -> None:
+    counts, name = part.documents.counts, part.origin.name
+    if len(part.documents.label_counts):
+        return
+    if not counts.rows:
+        raise DataError(f"{name} has no rows{f' but {counts.bad} malformed ones' if counts.bad else ''}")
+    if not counts.answers:
         raise DataError(
-            f'{path} has no rows: each line must be a conversation, {{"messages": [{{"role": ..., "content": ...}}]}}'
-        )
-    return rows
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-
-
-def _refuse(path: Path, problems: list[str]) -> None:
-    if problems:
-        more = f"; and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
-        count = "1 row" if len(problems) == 1 else f"{len(problems)} rows"
-        raise DataError(f"{path}: {count} cannot be used: " + "; ".join(problems[:_SHOWN_PROBLEMS]) + more)
-
-
-def _messages(line: bytes) -> list[Message]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise _RowError("not UTF-8") from error
-    except ValueError as error:
-        raise _RowError(f"not JSON ({error})") from error
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise _RowError('"messages" must be a list with at least one message')
-    return [_message(message, number) for number, message in enumerate(messages, start=1)]
-
-
-def _message(message: Any, number: int) -> Message:
-    if not isinstance(message, dict):
-        raise _RowError(f'message {number} must be an object with "role" and "content"')
-    role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
-        raise _RowError(f"message {number} has the role {role!r}; the roles are {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise _RowError(f'message {number}: "content" must be a text')
-    return {"role": role, "content": content}
-
-
-def _render_all(options: DatasetConfig, tokenizer: Tokenizer) -> list[tuple[str, list[tuple[int, int]]]]:
-    path = Path(options.path)
-    rendered, problems = [], []
-    for line, messages in _read_rows(path):
-        try:
-            rendered.append(_render_spans(messages, tokenizer, options.train_on))
-        except _RowError as error:
-            problems.append(f"line {line}: {error}")
-    _refuse(path, problems)
-    return rendered
-
-
-def _render_spans(messages: list[Message], tokenizer: Tokenizer, train_on: str) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation and the (start, stop) characters of the turns that carry the loss."""
-    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
-    try:
-        text = tokenizer.render(messages)
-        if train_on == "All":
-            return text, [(0, len(text))]
-        chosen = answers[-1:] if train_on == "Last" else answers
-        return text, [_answer_span(messages, turn, text, tokenizer) for turn in chosen]
-    except jinja2.TemplateError as error:
-        raise _RowError(f"the model's chat template refuses the conversation: {error}") from error
-
-
-def _answer_span(messages: list[Message], turn: int, text: str, tokenizer: Tokenizer) -> tuple[int, int]:
-    before = tokenizer.render(messages[:turn], add_generation_prompt=True)
-    through = text if turn == len(messages) - 1 else tokenizer.render(messages[: turn + 1])
-    if not (text.startswith(before) and text.startswith(through) and len(before) < len(through)):
-        raise _RowError(
-            f"the model's chat template renders the messages before message {turn + 1} differently once that answer "
-            "follows, so the answer's tokens cannot be told apart; train on the last answer or on everything "
-            "(dataset.train_on: Last or All), or change the template"
-        )
-    return len(before), len(through)
-
-
-def _sample(
-    encoding: Any, spans: list[tuple[int, int]], turn_end_ids: frozenset[int], max_length: int
-) -> Sample | None:
-    """The tokens up to the last one that carries the loss; None where no token does."""
-    ids = np.array(encoding.ids, dtype=np.int32)
-    starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
-    carries = np.zeros(len(ids), dtype=bool)
-    for start, stop in spans:
-        first, end = np.searchsorted(starts, (start, stop))
-        # An answer ends with its end-of-turn token; what the template writes after it (a line break) is not part of it.
-        turn_ends = [i for i in range(first, end) if encoding.ids[i] in turn_end_ids]
-        carries[first : turn_ends[-1] + 1 if turn_ends else end] = True
-    labels = np.where(carries, ids, IGNORE)[1:max_length]
-    labelled = np.flatnonzero(labels != IGNORE)
-    if len(labelled) == 0:
-        return None
-    length = int(labelled[-1]) + 1
-    return Sample(ids[:length].copy(), labels[:length].astype(np.int32))
-
-
-def _nothing_to_learn(options: DatasetConfig, answers: bool, longest: int) -> str:
-    if not answers:
-        return (
-            f"{options.path} has no assistant message, so there is nothing to learn: "
+            f"{name} has no assistant message, so there is nothing to learn: "
             "add answers, or set dataset.train_on to All"
         )
-    return (
-        f"{options.path}: dataset.max_sequence_length {options.max_sequence_length} cuts off every answer, so there is "
-        f"nothing to learn: raise it (the longest conversation has {longest} tokens) or shorten the prompts"
+    raise DataError(
+        f"{name}: dataset.max_sequence_length {options.max_sequence_length} cuts off every answer, so there is "
+        f"nothing to learn: raise it (the longest conversation has {counts.longest} tokens) or shorten the prompts"
     )
-
-
-# --- which rows make up which step -----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sampler:
-    """Which rows a step trains on: a pure function of the step, so that resuming needs no other position.
-
-    The rows of a step do not depend on the number of ranks, only how they are dealt out does.
-    """
-
-    lengths: Tokens
-    """Tokens of each sample. [samples]"""
-    global_batch: int
-    """Sequences per optimizer step over all ranks. The last step of an epoch takes what is left."""
-    micro_batch: int
-    """Most sequences per rank and forward pass."""
-    seed: int
-    shuffle: bool
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Optimizer steps in a pass over the data."""
-        return -(-len(self.lengths) // self.global_batch)
-
-    def rows(self, step: int) -> Tokens:
-        """Indices of the samples of a step (counted from 0 over all epochs)."""
-        epoch, within = divmod(step, self.steps_per_epoch)
-        order = (
-            _epoch_order(len(self.lengths), self.seed, epoch)
-            if self.shuffle
-            else np.arange(len(self.lengths), dtype=np.int32)
-        )
-        return order[within * self.global_batch : (within + 1) * self.global_batch]
-
-    def micro_batches(self, step: int, rank: int, size: int) -> list[list[int]]:
-        """The rank's sample indices for each forward pass; every rank has the same number of passes.
-
-        The step's rows are sorted by length, longest first, before they are dealt: neighbours pad each other little and
-        ranks that wait for each other have equal work.
-        """
-        return deal(self.rows(step), self.lengths, self.micro_batch, rank, size)
-
-
-def deal(rows: Tokens, lengths: Tokens, micro_batch: int, rank: int, size: int) -> list[list[int]]:
-    """Rows by falling length in groups of size x micro_batch, each dealt to the ranks in turn.
-
-    The last group may leave a rank without a row.
-    """
-    by_length = rows[np.argsort(-lengths[rows], kind="stable")]
-    cuts = range(0, len(rows) + size * micro_batch, size * micro_batch)
-    return [by_length[start:stop][rank::size].tolist() for start, stop in pairwise(cuts) if start < len(rows)]
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(count: int, seed: int, epoch: int) -> Tokens:
-    # RandomState's streams are frozen (NEP 19): a run resumed under another numpy keeps its order.
-    return np.random.RandomState([seed, epoch]).permutation(count).astype(np.int32)

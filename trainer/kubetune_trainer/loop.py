@@ -14,12 +14,13 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.progress import CheckpointStatus
 from kubetune_trainer.checkpoint import Checkpointer
-from kubetune_trainer.data import Dataset, Sampler, collate, deal
+from kubetune_trainer.data import Dataset
 from kubetune_trainer.distributed import World, all_sum, broadcast_object
 from kubetune_trainer.model import Llama
 from kubetune_trainer.optim import learning_rate, set_learning_rate
 from kubetune_trainer.parallel import clip_gradients
 from kubetune_trainer.report import Reporter, Step
+from kubetune_trainer.sampling import Sampler, deal
 
 
 class SavedError(JobError):
@@ -125,8 +126,8 @@ def train_step(run: Run, step: int) -> bool:
 
 
 def forward(run: Run, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
-    """The loss summed over the label tokens of some samples, in nats; 0 for none."""
-    input_ids, labels, lengths = collate([data.samples[index] for index in indices])
+    """The loss summed over the label tokens of some rows, in nats; 0 for none."""
+    input_ids, labels, lengths = data.batch(indices)
     device = run.world.device
     loss: torch.Tensor = run.model(input_ids.to(device), labels.to(device), lengths=lengths)
     return loss
@@ -146,7 +147,7 @@ def validate(run: Run, step: int) -> float | None:
 
 def mean_loss(run: Run, data: Dataset) -> float:
     """Mean cross-entropy per label token, without dropout, in nats."""
-    rows = np.arange(len(data.samples), dtype=np.int32)
+    rows = np.arange(len(data), dtype=np.int32)
     passes = deal(rows, data.lengths, run.config.training.batch_size, run.world.rank, run.world.size)
     total = torch.zeros((), dtype=torch.float64, device=run.world.device)
     run.model.eval()

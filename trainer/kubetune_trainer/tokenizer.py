@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -17,35 +18,59 @@ Message = dict[str, str]
 """One turn: `role` and `content`."""
 
 _SPECIAL_TOKENS: Final = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+NO_TEMPLATE: Final = (
+    "the model's folder has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): use an "
+    "instruction-tuned model, add the template that its answers shall follow, or set dataset.prompt_template"
+)
 
 
 class Tokenizer:
     """tokenizer.json with the model's chat template. Special tokens in a text become their ids; none are added."""
 
     def __init__(
-        self, backend: Any, template: str, special_tokens: dict[str, str], stop_ids: frozenset[int], now: datetime
+        self,
+        backend: Any,
+        template: str | None,
+        special_tokens: dict[str, str],
+        stop_ids: frozenset[int],
+        now: datetime,
+        *,
+        begin: str = "",
     ) -> None:
         self._backend = backend
-        self._template = _environment(now).from_string(template)
+        self._template = None if template is None else _environment(now).from_string(template)
         self._special_tokens = special_tokens
         self.special_ids: frozenset[int] = frozenset(
             i for i, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self.stop_ids = stop_ids
         """Ids that end an answer: end of sequence and whatever generation_config.json adds."""
+        self.begin = begin
+        """What the model expects before a text without chat format: the token that begins a sequence, or nothing."""
+        self.end = special_tokens.get("eos_token", "")
+        """The token that ends a sequence."""
+        dated = f"{now:%Y-%m-%d}" if template is not None and "strftime_now" in template else ""
+        parts = [backend.to_str(), template or "", dated, begin, *sorted(map(str, special_tokens.items()))]
+        self.fingerprint = sha256("\0".join(parts).encode()).hexdigest()
+        """Differs where a text may become other ids or a conversation another text."""
+
+    @property
+    def has_template(self) -> bool:
+        """Whether conversations can be rendered."""
+        return self._template is not None
 
     @classmethod
     def from_folder(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
         """Reads the model's folder. `now` is the date for templates that write one: a resumed run gives its first.
 
-        Raises ModelError where tokenizer.json or the chat template is missing or broken.
+        Raises ModelError where tokenizer.json is missing, or it or the chat template is broken.
         """
-        backend = _backend(folder / "tokenizer.json")
+        backend, begin = _backend(folder / "tokenizer.json")
         config = _json_object(folder / "tokenizer_config.json")
         special = _special_tokens(folder, config)
         stop_ids = _stop_ids(folder, backend, special)
         try:
-            return cls(backend, _template_text(folder, config), special, stop_ids, now or datetime.now())
+            return cls(backend, _template_text(folder, config), special, stop_ids, now or datetime.now(), begin=begin)
         except jinja2.TemplateError as error:
             raise ModelError(f"{folder}: the chat template is not valid Jinja: {error}") from error
 
@@ -65,7 +90,12 @@ class Tokenizer:
         return text
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The conversation as the model sees it, as transformers renders it. Raises jinja2.TemplateError."""
+        """The conversation as the model sees it, as transformers renders it.
+
+        Raises ModelError where the model has no chat template, and jinja2.TemplateError where it refuses.
+        """
+        if self._template is None:
+            raise ModelError(NO_TEMPLATE)
         return self._template.render(
             messages=list(messages),
             tools=None,
@@ -110,18 +140,22 @@ def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _backend(path: Path) -> Any:
-    """The tokenizer without its post-processor, which would add tokens and trim spaces off the offsets."""
+def _backend(path: Path) -> tuple[Any, str]:
+    """The tokenizer, and the special tokens that it would put before a text.
+
+    Without its post-processor, which would add those tokens and trim spaces off the offsets.
+    """
+    if not path.is_file():
+        raise ModelError(f"{path} is missing: the model folder needs its tokenizer")
     try:
-        document = json.loads(path.read_bytes())
-        backend = tokenizers.Tokenizer.from_str(json.dumps(document | {"post_processor": None}))
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} is missing: the model folder needs its tokenizer") from error
+        backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(f"{path} is not a tokenizer: {error}") from error
     backend.no_truncation()
     backend.no_padding()
-    return backend
+    begin = "".join(backend.encode("").tokens)
+    backend.post_processor = None
+    return backend, begin
 
 
 def _json_object(path: Path) -> dict[str, Any]:
@@ -153,16 +187,11 @@ def _stop_ids(folder: Path, backend: Any, special: dict[str, str]) -> frozenset[
     return frozenset(one for one in ids if one is not None)
 
 
-def _template_text(folder: Path, config: dict[str, Any]) -> str:
+def _template_text(folder: Path, config: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text()
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    if not isinstance(template, str):
-        raise ModelError(
-            f"{folder} has no chat template (chat_template.jinja, or chat_template in tokenizer_config.json): "
-            "use an instruction-tuned model, or add the template that its answers shall follow"
-        )
-    return template
+    return template if isinstance(template, str) else None

@@ -14,6 +14,7 @@ import torch.distributed as dist
 import yaml
 
 from kubetune_contract.config import RunConfig
+from kubetune_contract.dataset import DatasetConfig, MixedDataset
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.paths import (
     ADAPTER_DIR,
@@ -26,10 +27,12 @@ from kubetune_contract.paths import (
 )
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import distributed
+from kubetune_trainer.cache import cache_folder
 from kubetune_trainer.checkpoint import Checkpointer, as_output_error, claim, digest_files, status_of, write_file
-from kubetune_trainer.data import Dataset, Prompt, Sampler, digest_data, load_dataset, load_prompts, load_validation
+from kubetune_trainer.data import Dataset, describe, load_data, load_questions, validation_source
 from kubetune_trainer.distributed import World, broadcast_object
 from kubetune_trainer.export import export_adapter, export_model
+from kubetune_trainer.formats import Question
 from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.loop import Run, SavedError, StopFlag, train, validate
@@ -37,6 +40,8 @@ from kubetune_trainer.optim import effective_warmup, make_optimizer
 from kubetune_trainer.parallel import build, choose_precision
 from kubetune_trainer.peft import trainable
 from kubetune_trainer.report import Poster, Reporter, write_termination
+from kubetune_trainer.sampling import Sampler
+from kubetune_trainer.sources import origin_of
 from kubetune_trainer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -49,7 +54,7 @@ class Inputs(NamedTuple):
     tokenizer: Tokenizer
     data: Dataset
     held_out: Dataset | None
-    prompts: list[Prompt]
+    questions: list[Question]
 
 
 class SharedError(JobError):
@@ -91,10 +96,15 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
         return finished
     # 2. The data, as tokens.
     started = datetime.fromisoformat(first["started"])
-    tokenizer, data, held_out, prompts = inputs = together(world, lambda: _read(config, started))
+    tokenizer, data, held_out, questions = inputs = together(world, lambda: _read(config, started))
     # 3. Who does what in which step.
     sampler = Sampler(
-        data.lengths, first["global_batch"], config.training.batch_size, config.training.seed, config.dataset.shuffle
+        data.lengths,
+        first["global_batch"],
+        config.training.batch_size,
+        config.training.seed,
+        config.dataset.shuffle,
+        data.shares,
     )
     total = min(config.training.epochs * sampler.steps_per_epoch, config.training.max_steps or sys.maxsize)
     _say(world, _plan_text(config, world, inputs, sampler, total))
@@ -117,12 +127,12 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
         # 6. What the model knows before the first step.
         if start == 0:
             validate(state, 0)
-        samples = _samples_before(state, tokenizer, prompts, start)
+        samples = _samples_before(state, tokenizer, questions, start)
         # 7. The loop.
         train(state, start)
         # 8. What it knows now.
         validate(state, total)
-        _samples_after(state, tokenizer, prompts, samples)
+        _samples_after(state, tokenizer, questions, samples)
         # 9. The results; the file that says so comes last.
         result = _export(state, reader)
         return _finish(state, result)
@@ -173,21 +183,34 @@ def _identity(config: RunConfig, reader: WeightReader) -> dict[str, Any]:
     return {
         "method": config.method,
         "model": digest_files(reader.folder, reader.files()),
-        "dataset": values["dataset"] | {"path": digest_data(Path(config.dataset.path))},
-        "validation": digest_data(Path(config.validation.path)) if config.validation else None,
+        "dataset": _content(config.dataset) | {"mixture": [_content(other) for other in config.dataset.mixture]},
+        "validation": _held_out_identity(config),
         "adapter": lora.model_dump(mode="json") if lora else None,
         "training": {key: value for key, value in values["training"].items() if key != "activation_checkpointing"},
     }
 
 
+def _content(source: DatasetConfig | MixedDataset) -> dict[str, Any]:
+    """A dataset with its content in place of its path or repository."""
+    values = source.model_dump(mode="json", exclude={"path", "repo", "revision", "split", "mixture", "max_bad_rows"})
+    return values | {"content": origin_of(source).digest()}
+
+
+def _held_out_identity(config: RunConfig) -> str | float | None:
+    if config.validation is None:
+        return None
+    if config.validation.fraction is not None:
+        return config.validation.fraction
+    return origin_of(validation_source(config.validation, config.dataset)).digest()
+
+
 def _read(config: RunConfig, started: datetime) -> Inputs:
     tokenizer = Tokenizer.from_folder(Path(config.model.path), started)
-    data = load_dataset(config.dataset, tokenizer)
-    validation = config.validation
-    if validation is None:
-        return Inputs(tokenizer, data, None, [])
-    held_out = load_validation(validation, config.dataset, tokenizer)
-    return Inputs(tokenizer, data, held_out, load_prompts(Path(validation.path), validation.samples))
+    data = load_data(config, tokenizer, cache_folder(Path(config.output_dir)))
+    count = config.validation.samples if config.validation else 0
+    parts = data.held_out.parts if data.held_out else ()
+    questions = load_questions(parts, count, config.dataset, tokenizer)
+    return Inputs(tokenizer, data.training, data.held_out, questions)
 
 
 def _finished(folder: Path, world: World) -> Result | None:
@@ -213,24 +236,24 @@ def _resume(state: Run) -> int:
 # --- 6. and 8. samples ---
 
 
-def _samples_before(state: Run, tokenizer: Tokenizer, prompts: list[Prompt], start: int) -> list[dict[str, Any]]:
-    """The prompts with the answers of the untrained model: measured once, read again by later attempts."""
+def _samples_before(state: Run, tokenizer: Tokenizer, questions: list[Question], start: int) -> list[dict[str, Any]]:
+    """The questions with the answers of the untrained model: measured once, read again by later attempts."""
     path = state.reporter.folder / SAMPLES_FILE
     known = broadcast_object(state.world, path.read_text() if state.world.is_main and path.exists() else None)
     if known is not None:
         samples: list[dict[str, Any]] = json.loads(known)
         return samples
-    answers = _answers(state, tokenizer, prompts) if start == 0 else [None] * len(prompts)
+    answers = _answers(state, tokenizer, questions) if start == 0 else [None] * len(questions)
     samples = [
-        {"prompt": prompt.text, "reference": prompt.reference, "before": answer, "after": None}
-        for prompt, answer in zip(prompts, answers, strict=True)
+        {"prompt": question.text, "reference": question.reference, "before": answer, "after": None}
+        for question, answer in zip(questions, answers, strict=True)
     ]
     _write_samples(state, samples)
     return samples
 
 
-def _samples_after(state: Run, tokenizer: Tokenizer, prompts: list[Prompt], samples: list[dict[str, Any]]) -> None:
-    answers = _answers(state, tokenizer, prompts)
+def _samples_after(state: Run, tokenizer: Tokenizer, questions: list[Question], samples: list[dict[str, Any]]) -> None:
+    answers = _answers(state, tokenizer, questions)
     _write_samples(state, [sample | {"after": answer} for sample, answer in zip(samples, answers, strict=True)])
 
 
@@ -240,14 +263,14 @@ def _write_samples(state: Run, samples: list[dict[str, Any]]) -> None:
         write_file(state.reporter.folder / SAMPLES_FILE, text.encode())
 
 
-def _answers(state: Run, tokenizer: Tokenizer, prompts: list[Prompt]) -> list[str]:
+def _answers(state: Run, tokenizer: Tokenizer, questions: list[Question]) -> list[str]:
     """Greedy answers; all ranks compute them together."""
     validation = state.config.validation
-    if validation is None or not prompts:
+    if validation is None or not questions:
         return []
-    texts = [tokenizer.render(prompt.messages, add_generation_prompt=True) for prompt in prompts]
     limit, stop_ids = validation.sample_tokens, set(tokenizer.stop_ids)
-    answers = [generate(state.model, tokenizer.encode(text), limit, stop_ids, state.world) for text in texts]
+    prompts = [tokenizer.encode(question.rendered) for question in questions]
+    answers = [generate(state.model, prompt, limit, stop_ids, state.world) for prompt in prompts]
     return [tokenizer.decode(answer).strip() for answer in answers]
 
 
@@ -304,10 +327,8 @@ def _plan_text(config: RunConfig, world: World, inputs: Inputs, sampler: Sampler
     _, warmup_note = effective_warmup(total, training)
     lines = [
         f"model       {config.model.path}",
-        f"data        {config.dataset.path}: {_counts(inputs.data, config)}",
-        f"validation  {config.validation.path}: {_counts(inputs.held_out, config)}"
-        if config.validation and inputs.held_out
-        else "",
+        f"data        {describe(inputs.data, config.dataset)}",
+        f"validation  {describe(inputs.held_out, config.dataset)}" if inputs.held_out else "",
         f"processes   {world.size} on {world.device.type}",
         f"steps       {total} in batches of {sampler.global_batch} ({epochs} of {per_epoch} steps"
         + (", cut by training.max_steps)" if total < training.epochs * per_epoch else ")"),
@@ -315,18 +336,6 @@ def _plan_text(config: RunConfig, world: World, inputs: Inputs, sampler: Sampler
         f"output      {config.output_dir}",
     ]
     return "\n".join(line for line in lines if line)
-
-
-def _counts(data: Dataset, config: RunConfig) -> str:
-    tokens, labels = data.lengths.sum(), data.label_counts.sum()
-    parts = [f"{data.rows} conversations", f"{tokens:,} tokens, {labels:,} of them carry the loss"]
-    if data.truncated:
-        parts.append(
-            f"{data.truncated} cut to {config.dataset.max_sequence_length} tokens (dataset.max_sequence_length)"
-        )
-    if data.unlabelled:
-        parts.append(f"{data.unlabelled} left out, because nothing in them carries the loss")
-    return "; ".join(parts)
 
 
 def _model_text(

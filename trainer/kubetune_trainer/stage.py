@@ -5,14 +5,11 @@ the manifest `.complete`; as long as the files keep their sizes and times, nothi
 """
 
 import argparse
-import errno
-import fcntl
 import hashlib
 import os
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -26,6 +23,7 @@ from kubetune_contract.staging import StagedFile, StagedModel, StageSource, Stag
 from kubetune_trainer.architecture import ARCHITECTURE, ModelError
 from kubetune_trainer.download import Repository, Words, fetch, storage
 from kubetune_trainer.hub import check_model, missing_folder
+from kubetune_trainer.locks import locked
 
 LOCK_FILE: Final = f"{COMPLETE_FILE}.lock"
 
@@ -81,7 +79,7 @@ def stage(source: StageSource, root: Path, token: str | None = None) -> StagedMo
         return known
     if source.repo is None and not folder.is_dir():
         raise ModelError(missing_folder(folder))
-    with storage(folder, _WORDS), _locked(folder):
+    with storage(folder, _WORDS), locked(folder / LOCK_FILE, f"stages {folder}"):
         known = _known(folder, source)  # whoever had the lock may have done it
         if known is not None:
             return known
@@ -89,25 +87,6 @@ def stage(source: StageSource, root: Path, token: str | None = None) -> StagedMo
             repository = Repository(source.repo, source.revision, tuple(source.ignore_patterns))
             fetch(repository, folder, token, _WORDS)
         return _check(folder, source)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """One container at a time: Jobs with different tokens may stage the same repository into the same folder.
-
-    The kernel gives the lock back, also of a killed container. A file system that knows no locks is used without.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK_FILE).open("w") as stream:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another container that stages {folder}", flush=True)
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 def _known(folder: Path, source: StageSource) -> StagedModel | None:

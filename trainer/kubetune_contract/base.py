@@ -12,6 +12,14 @@ def snake(name: str) -> str:
     return name if name == name.lower() else to_snake(name)
 
 
+class BrokenRules(ValueError):
+    """Rules between fields that do not hold."""
+
+    def __init__(self, messages: list[str]) -> None:
+        self.messages = messages
+        super().__init__("; ".join(messages))
+
+
 class Rule(NamedTuple):
     """A cross-field rule, written once for both judges: CEL for the API server, Python for everything else."""
 
@@ -45,7 +53,7 @@ class ContractModel(BaseModel):
     def _keep_rules(self) -> Self:
         broken = [rule.tell(self) for rule in self.rules if not rule.holds(self)]
         if broken:
-            raise ValueError("; ".join(broken))
+            raise BrokenRules(broken)
         return self
 
     def to_json(self, indent: int | None = None) -> str:

@@ -38,9 +38,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _launch(config: Path) -> int:
     from kubetune_trainer import launch
+    from kubetune_trainer.advice import warnings
 
     try:
         nodes = launch.Nodes.from_env(os.environ)
+        for text in warnings(_read(config)) if nodes.rank == 0 else ():
+            print(f"warning: {text}", file=sys.stderr)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)
@@ -51,11 +54,17 @@ def _train(config: Path) -> int:
     from kubetune_trainer import train
 
     try:
-        return train.main(RunConfig.model_validate_json(config.read_bytes()))
+        return train.main(_read(config))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _read(config: Path) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json(config.read_bytes())
     except ValidationError as error:
-        problem = ConfigError(explain(error, RunConfig))
-        print(f"error: {problem}", file=sys.stderr)
-        return int(problem.exit_code)
+        raise ConfigError(explain(error, RunConfig)) from error
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""What a configuration allows and yet rarely means: warnings before a run."""
+
+import json
+from pathlib import Path
+
+from kubetune_contract.config import RunConfig
+
+_TUNED = ("instruct", "chat")
+"""In the names of models that know a chat format."""
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """A sentence for each. Reads small files of the model; says nothing about a model that is not there."""
+    return [text for text in (_untrained_tokens(config),) if text]
+
+
+def _untrained_tokens(config: RunConfig) -> str | None:
+    """Base weights under a chat format: nobody has trained the embeddings of the special tokens between the turns."""
+    lora, folder = config.lora, Path(config.model.path)
+    rows = (config.dataset, *config.dataset.mixture)
+    if lora is None or all(row.format == "Completion" for row in rows) or "embed_tokens" in lora.target_modules:
+        return None
+    if not folder.is_dir() or _knows_chats(folder):
+        return None
+    return (
+        f"{folder} looks like base weights: it has no chat template, and no part of its name says Instruct. The "
+        f"special tokens of a chat have untrained embeddings there, and {config.method} does not train embeddings: "
+        "take the Instruct weights, add embed_tokens and lm_head to adapter.target_modules, or set dataset.format to "
+        "Completion"
+    )
+
+
+def _knows_chats(folder: Path) -> bool:
+    if any(word in part.lower() for part in folder.resolve().parts for word in _TUNED):
+        return True
+    if (folder / "chat_template.jinja").exists():
+        return True
+    settings = folder / "tokenizer_config.json"
+    try:
+        return "chat_template" in json.loads(settings.read_text())
+    except (OSError, ValueError):
+        return False  # whether the file can be read at all is the tokenizer's question

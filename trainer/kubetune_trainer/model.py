@@ -193,6 +193,11 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.register_buffer("inverse_frequencies", inverse_frequencies(config), persistent=False)
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """[B, S] -> [B, S, D], on the blocks' device also where the table is kept in host memory."""
+        x: Tensor = self.embed_tokens(input_ids.to(self.embed_tokens.weight.device))
+        return x.to(self.norm.weight.device)
+
     def rotation(self, positions: Tensor, dtype: torch.dtype) -> Pair:
         """Cosine and sine of the positions [S], computed in fp32."""
         angles = torch.outer(positions.float(), self.inverse_frequencies)[:, None]
@@ -227,7 +232,7 @@ class Llama(nn.Module):
 
     def init_buffers(self) -> None:
         """Compute the RoPE frequencies again, in fp32 on the weights' device: to_empty() and .to(dtype) spoil them."""
-        device = self.model.embed_tokens.weight.device
+        device = self.model.norm.weight.device
         with torch.device(device):
             self.model.inverse_frequencies = inverse_frequencies(self.config)
 
@@ -249,7 +254,7 @@ class Llama(nn.Module):
         labels the float32 SUM of the cross-entropy over all label tokens, in nats (0 if there are none), or
         `by_document` the sum of each document, [documents].
         """
-        x = self.model.embed_tokens(input_ids)
+        x = self.model.embed(input_ids)
         documents = None if lengths is None else Documents.of(lengths, x)
         if documents is None:
             start = cache.length if cache is not None else 0

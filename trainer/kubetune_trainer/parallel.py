@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from kubetune_contract.config import RunConfig
 from kubetune_trainer.distributed import World
+from kubetune_trainer.estimate import embedding_on_host
 from kubetune_trainer.hub import WeightReader, load_weights
 from kubetune_trainer.model import Llama
 from kubetune_trainer.peft import add_lora, init_adapter
@@ -34,6 +35,8 @@ def build(config: RunConfig, reader: WeightReader, world: World) -> Llama:
         shard(model, world, dtype)
     # 4. Memory, and what is not in any file.
     model.to_empty(device=world.device)
+    if world.device.type == "cuda" and embedding_on_host(config, model.config, world.size):
+        model.model.embed_tokens.to_empty(device="cpu")
     model.init_buffers()
     # 5. Values: weights from the files, the adapter from the seed.
     load_weights(model, reader)

@@ -4,7 +4,6 @@ All numbers are bytes of one process. A test holds them against live tensors of 
 tokens, batch_size x max_sequence_length, which is the most: rows are never padded.
 """
 
-
 from kubetune_contract.config import RunConfig
 from kubetune_trainer.architecture import LlamaConfig
 

@@ -17,10 +17,11 @@ from kubetune_trainer.checkpoint import Checkpointer
 from kubetune_trainer.data import Dataset
 from kubetune_trainer.distributed import World, all_sum, broadcast_object
 from kubetune_trainer.model import Llama
+from kubetune_trainer.objective import PREFERENCE_MEASURES, preference
 from kubetune_trainer.optim import learning_rate, set_learning_rate
 from kubetune_trainer.parallel import clip_gradients
 from kubetune_trainer.report import Reporter, Step
-from kubetune_trainer.sampling import Sampler, deal
+from kubetune_trainer.sampling import Sampler, Tokens, deal
 
 
 class SavedError(JobError):
@@ -103,38 +104,48 @@ def train_step(run: Run, step: int) -> bool:
     """One optimizer step, counted from 0. Returns whether any rank was told to stop."""
     training = run.config.training
     rows = run.sampler.rows(step)
-    # Every rank knows all rows, so the global count of label tokens costs no communication. A micro-batch's loss is a
-    # sum over its tokens; divided by that count, gradients add up over micro-batches and ranks to those of the mean
-    # over the whole batch. (FSDP averages over ranks by default; parallel.shard makes it add.)
-    labels_total = int(run.data.label_counts[rows].sum())
+    # Every rank knows all rows, so the global weight costs no communication. A micro-batch's loss is a sum over its
+    # label tokens or pairs; divided by their global count, gradients add up over micro-batches and ranks to those of
+    # the mean over the whole batch. (FSDP averages over ranks by default; parallel.shard makes it add.)
+    weight = _weight(run.data, rows)
     rate = learning_rate(step, run.total, training)
     set_learning_rate(run.optimizer, rate)
-    loss = torch.zeros((), device=run.world.device)
+    shares = []
     for indices in run.sampler.micro_batches(step, run.world.rank, run.world.size):
-        share = forward(run, run.data, indices) / labels_total
-        share.backward()  # type: ignore[no-untyped-call] # torch does not annotate it
-        loss += share.detach()
-    mean_loss, stops = all_sum(run.world, loss.item(), float(run.stop.requested))
+        share = forward(run, run.data, indices) / weight
+        share[0].backward()  # type: ignore[no-untyped-call] # torch does not annotate it
+        shares.append(share.detach())
+    sums = torch.stack(shares).sum(dim=0).tolist()
+    mean_loss, *measures, stops = all_sum(run.world, *sums, float(run.stop.requested))
     norm = clip_gradients(run.params, training.max_gradient_norm)
     if not (math.isfinite(mean_loss) and math.isfinite(norm)):
         raise NonFiniteLossError(_not_finite(step + 1, mean_loss, norm, rate))
     run.optimizer.step()
     run.optimizer.zero_grad()
     tokens = int(run.data.lengths[rows].sum())
-    run.reporter.step(Step(step + 1, mean_loss, rate, norm, tokens))
+    named = dict(zip(PREFERENCE_MEASURES, measures, strict=False))  # none without preferences
+    run.reporter.step(Step(step + 1, mean_loss, rate, norm, tokens, named))
     return stops > 0
 
 
 def forward(run: Run, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
-    """The loss summed over the label tokens of some rows, in nats; 0 for none."""
+    """The loss summed over what some rows weigh, in nats; 0 for none. [1]; with PREFERENCE_MEASURES [4]."""
     input_ids, labels, lengths = data.batch(indices)
-    device = run.world.device
-    loss: torch.Tensor = run.model(input_ids.to(device), labels.to(device), lengths=lengths)
-    return loss
+    input_ids, labels = input_ids.to(run.world.device), labels.to(run.world.device)
+    options = run.config.preference
+    if options is not None:
+        return preference(run.model, input_ids, labels, lengths, options)
+    loss: torch.Tensor = run.model(input_ids, labels, lengths=lengths)
+    return loss[None]
+
+
+def _weight(data: Dataset, rows: Tokens) -> int:
+    """What the loss of some rows is divided by: their label tokens, or pairs."""
+    return len(rows) if data.pairs else int(data.label_counts[rows].sum())
 
 
 def validate(run: Run, step: int) -> float | None:
-    """The held-out loss after `step` steps, in nats per label token. A restarted run keeps what it had measured."""
+    """The held-out loss after `step` steps, in nats per label token or pair. A restarted run keeps what it measured."""
     if run.held_out is None:
         return None
     known = broadcast_object(run.world, run.reporter.metrics.validation_loss(step))
@@ -146,17 +157,17 @@ def validate(run: Run, step: int) -> float | None:
 
 
 def mean_loss(run: Run, data: Dataset) -> float:
-    """Mean cross-entropy per label token, without dropout, in nats."""
+    """Mean loss per label token or pair, without dropout, in nats."""
     rows = np.arange(len(data), dtype=np.int32)
     passes = deal(rows, data.lengths, run.config.training.batch_size, run.world.rank, run.world.size)
     total = torch.zeros((), dtype=torch.float64, device=run.world.device)
     run.model.eval()
     with torch.no_grad():
         for indices in passes:
-            total += forward(run, data, indices)
+            total += forward(run, data, indices)[0]
     run.model.train()
     (summed,) = all_sum(run.world, total.item())
-    return summed / int(data.label_counts.sum())
+    return summed / _weight(data, rows)
 
 
 def _wants_validation(run: Run, done: int) -> bool:

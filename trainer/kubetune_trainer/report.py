@@ -12,8 +12,9 @@ import threading
 import time
 import urllib.request
 from collections import deque
+from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, Self, TextIO
@@ -57,6 +58,8 @@ class Step:
     """L2 norm before clipping."""
     tokens: int
     """Tokens without padding."""
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """What else is measured, by name."""
 
 
 class Reporter:
@@ -118,6 +121,7 @@ class Reporter:
                 "learning_rate": step.learning_rate,
                 "gradient_norm": step.gradient_norm,
                 "tokens": step.tokens,
+                **step.measures,
                 "tokens_per_second": progress.tokens_per_second,
                 "time": _now().isoformat(timespec="milliseconds"),
             }

@@ -186,6 +186,8 @@ def _identity(config: RunConfig, reader: WeightReader) -> dict[str, Any]:
         "dataset": _content(config.dataset) | {"mixture": [_content(other) for other in config.dataset.mixture]},
         "validation": _held_out_identity(config),
         "adapter": lora.model_dump(mode="json") if lora else None,
+        "quantization": config.quantized.model_dump(mode="json") if config.quantized else None,
+        "dpo": config.preference.model_dump(mode="json") if config.preference else None,
         "training": {key: value for key, value in values["training"].items() if key != "activation_checkpointing"},
     }
 
@@ -348,9 +350,13 @@ def _model_text(
     everything = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in params.values())
     lora, (dtype, why) = config.lora, choice
-    how = f"LoRA, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}" if lora else "Full"
+    how = (
+        f"{config.method}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
+        if lora
+        else "Full"
+    )
     return (
-        f"method      {how}\n"
+        f"method      {config.method}{how}\n"
         f"trainable   {trained:,} of {everything:,} parameters ({100 * trained / everything:.1f} %)\n"
         f"precision   {why if _PRECISIONS[dtype] == precision else f'{precision}, as at the first start (here {why})'}"
     )

@@ -114,7 +114,10 @@ def _with_index(weight_map: dict[str, str]) -> Callable[[Path], None]:
     return act
 
 
-LAYOUT = "give a folder in Hugging Face layout: config.json, tokenizer.json and safetensors files"
+LAYOUT = (
+    "give a folder in Hugging Face layout: config.json, tokenizer.json and safetensors files; "
+    "or in Meta's: params.json, tokenizer.model and consolidated.*.pth"
+)
 NO_WEIGHTS = "{folder} has no model.safetensors and no model.safetensors.index.json"
 FILE = "{folder}/model.safetensors"
 AGAIN = "copy or download it again"
@@ -148,10 +151,6 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
     "weights as pickle": (
         _only("pytorch_model.bin"),
         NO_WEIGHTS + "; its .bin files must be converted first: load them in transformers and save_pretrained() them",
-    ),
-    "Meta's original weights": (
-        _only("original/consolidated.00.pth"),
-        NO_WEIGHTS + "; Meta's consolidated files are not read: give the same model in Hugging Face layout",
     ),
     "weights for llama.cpp": (
         _only("model.gguf"),

@@ -188,7 +188,8 @@ BAD: dict[str, tuple[str, Callable[[Path], object], str]] = {
         "tiny",
         lambda folder: (folder / "tokenizer.json").unlink(),
         "{root}/tiny has no tokenizer.json; found: config.json, model.safetensors, tokenizer_config.json; give a "
-        "folder in Hugging Face layout: config.json, tokenizer.json and safetensors files",
+        "folder in Hugging Face layout: config.json, tokenizer.json and safetensors files; or in "
+        "Meta's: params.json, tokenizer.model and consolidated.*.pth",
     ),
 }
 

@@ -1,17 +1,18 @@
-"""A model's folder in Hugging Face layout: what is in it, whether it is whole, and its weights row by row.
+"""A model's folder, in Hugging Face's or Meta's layout: what is in it, whether it is whole, its weights row by row.
 
 Importing this module does not import torch: the staging container checks folders with it.
 """
 
 import difflib
 import json
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kubetune_trainer import meta_files
 from kubetune_trainer.architecture import LlamaConfig, ModelError
+from kubetune_trainer.safetensors_files import read_header
+from kubetune_trainer.stored import DTYPES, Weight
+from kubetune_trainer.tiktoken_files import find_tiktoken, read_ranks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -29,37 +30,32 @@ COMPANIONS: Final = (
 )
 """Files that belong to a model besides its weights and config.json; all but the first may be absent."""
 
-DTYPES: Final = {"F32": 4, "BF16": 2, "F16": 2}
-"""safetensors' names of the supported number formats, with their bytes."""
-
-_MAX_HEADER: Final = 100_000_000
-"""The safetensors format's own limit for a header, in bytes."""
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a weight lies."""
-
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-
 
 class WeightReader:
-    """A folder whose weights are complete: config.json and safetensors files agree on every tensor.
+    """A folder whose weights are complete: its configuration and its files agree on every tensor.
 
-    Opening reads headers only. Raises ModelError that names the file or the tensor.
+    Hugging Face's format (config.json, safetensors) is taken where both are there, else Meta's (params.json,
+    consolidated.*.pth) in the folder or in its `original`. Opening reads headers only. Raises ModelError that names the
+    file or the tensor.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
-        self._config = LlamaConfig.from_hf(read_json(self.folder, CONFIG_FILE))
-        self._tensors = read_headers(self.folder)
-        self._files: dict[str, Any] = {}
-        _check_tensors(self._config, self._tensors)
+        meta = None if _has_safetensors(self.folder) else meta_files.find(self.folder)
+        if meta is None:
+            self.source, self.values = CONFIG_FILE, read_json(self.folder, CONFIG_FILE)
+            self._config = LlamaConfig.from_hf(self.values)
+            self._weights = read_headers(self.folder)
+        else:
+            params, parts = read_json(meta, meta_files.PARAMS_FILE), meta_files.read_parts(meta)
+            self.source = str((meta / meta_files.PARAMS_FILE).relative_to(self.folder))
+            self.values = meta_files.hugging_face_config(params, parts)
+            self._config = LlamaConfig.from_hf(self.values)
+            self._weights = meta_files.weights(parts, self.values)
+        _check_weights(self._config, self._weights, self.source)
 
     def config(self) -> LlamaConfig:
-        """What config.json says."""
+        """What config.json or params.json says. `values` has the same as the content of a config.json."""
         return self._config
 
     def names(self) -> list[str]:
@@ -67,28 +63,21 @@ class WeightReader:
         return list(self._config.shapes())
 
     def files(self) -> list[str]:
-        """Names of all files that make up the model, those of the weights last."""
-        weights = sorted({tensor.file for tensor in self._tensors.values()})
-        others = (CONFIG_FILE, *COMPANIONS, INDEX_FILE)
-        return [*(name for name in others if (self.folder / name).is_file()), *weights]
+        """Paths of all files that make up the model, relative to its folder; those of the weights last."""
+        stored = {part.file for weight in self._weights.values() for part in weight.parts}
+        others = [self.source, *COMPANIONS, INDEX_FILE]
+        if not (self.folder / TOKENIZER_FILE).exists() and (tiktoken := find_tiktoken(self.folder)):
+            others.insert(1, str(tiktoken.relative_to(self.folder)))
+        there = [name for name in others if (self.folder / name).is_file()]
+        return there + sorted(str(file.relative_to(self.folder)) for file in stored)
 
     def slice(self, name: str, start: int, stop: int) -> "Tensor":
         """Rows start to stop of a weight, in the file's dtype. Only they are read."""
-        rows: Tensor = self._open(name).get_slice(name)[start:stop]
-        return rows
+        return self._weights[name].rows(start, stop)
 
     def full(self, name: str) -> "Tensor":
         """A whole weight, in the file's dtype."""
-        weight: Tensor = self._open(name).get_tensor(name)
-        return weight
-
-    def _open(self, name: str) -> Any:
-        from safetensors import safe_open
-
-        file = self._tensors[name].file
-        if file not in self._files:
-            self._files[file] = safe_open(self.folder / file, framework="pt")
-        return self._files[file]
+        return self.slice(name, 0, self._config.shapes()[name][0])
 
 
 def load_weights(model: "nn.Module", reader: WeightReader) -> None:
@@ -108,7 +97,10 @@ def load_weights(model: "nn.Module", reader: WeightReader) -> None:
 def check_model(folder: Path) -> WeightReader:
     """Make sure that `folder` is a whole Llama model with a tokenizer. Raises ModelError that says what is missing."""
     reader = WeightReader(folder)
-    read_json(folder, TOKENIZER_FILE)
+    if (tiktoken := find_tiktoken(folder)) is None or (folder / TOKENIZER_FILE).exists():
+        read_json(folder, TOKENIZER_FILE)
+    else:
+        read_ranks(tiktoken)
     return reader
 
 
@@ -128,7 +120,10 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
 def _what_is_missing(folder: Path, name: str) -> str:
     if not folder.is_dir():
         return missing_folder(folder)
-    remedy = "give a folder in Hugging Face layout: config.json, tokenizer.json and safetensors files"
+    remedy = (
+        "give a folder in Hugging Face layout: config.json, tokenizer.json and safetensors files; "
+        "or in Meta's: params.json, tokenizer.model and consolidated.*.pth"
+    )
     found = ", ".join(_visible_names(folder)[:10]) or "nothing"
     return f"{folder} has no {name}; found: {found}; {remedy}"
 
@@ -151,12 +146,14 @@ def _visible_names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
 
 
-def read_headers(folder: Path) -> dict[str, StoredTensor]:
+def _has_safetensors(folder: Path) -> bool:
+    return any((folder / name).exists() for name in (WEIGHTS_FILE, INDEX_FILE))
+
+
+def read_headers(folder: Path) -> dict[str, Weight]:
     """Every tensor in the folder's safetensors files, from their headers."""
-    tensors: dict[str, StoredTensor] = {}
-    for file in _weight_files(folder):
-        tensors |= dict(_read_header(folder / file))
-    return tensors
+    headers = [read_header(folder / file) for file in _weight_files(folder)]
+    return {name: Weight((tensor,)) for header in headers for name, tensor in header.items()}
 
 
 def _weight_files(folder: Path) -> list[str]:
@@ -173,65 +170,36 @@ def _weight_files(folder: Path) -> list[str]:
 def _other_formats(folder: Path) -> str:
     if any(folder.glob("pytorch_model*.bin")):
         return "; its .bin files must be converted first: load them in transformers and save_pretrained() them"
-    if any(folder.glob("consolidated*")) or any(folder.glob("original/consolidated*")):
-        return "; Meta's consolidated files are not read: give the same model in Hugging Face layout"
     if any(folder.glob("*.gguf")):
         return "; GGUF files are made for inference: give the original model in Hugging Face layout"
     return "; give the safetensors files too"
 
 
-def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
-    """The header of one file (safetensors format: 8 bytes of length, JSON, data), checked against the file's size."""
-    header, data_bytes = _parse_header(file)
-    header.pop("__metadata__", None)
-    end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-    if end != data_bytes:
-        state = "truncated" if data_bytes < end else "damaged"
-        raise ModelError(
-            f"{file} is {state}: its header promises {end:,} bytes of weights, {data_bytes:,} are there; "
-            "copy or download it again"
-        )
-    for name, entry in header.items():
-        yield name, StoredTensor(file.name, entry["dtype"], tuple(entry["shape"]))
-
-
-def _parse_header(file: Path) -> tuple[dict[str, Any], int]:
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            if start == b"version ":
-                raise ModelError(f"{file} is a Git LFS pointer, not the weights: run `git lfs pull` and copy it again")
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
-            if length > _MAX_HEADER:
-                raise ModelError(f"{file} is damaged: it has no safetensors header; copy or download it again")
-            header = json.loads(stream.read(length))
-    except FileNotFoundError as error:
-        raise ModelError(f"{file} is missing; copy or download it again") from error
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{file} cannot be read: {error}; copy or download it again") from error
-    return header, file.stat().st_size - 8 - length
-
-
-def _check_tensors(config: LlamaConfig, tensors: dict[str, StoredTensor]) -> None:
+def _check_weights(config: LlamaConfig, weights: dict[str, Weight], source: str) -> None:
     shapes = config.shapes()
-    missing = [name for name in shapes if name not in tensors]
+    missing = [name for name in shapes if name not in weights]
     if missing:
-        raise ModelError(f"the weights lack {_some(missing)}, which config.json calls for; copy or download them again")
+        raise ModelError(f"the weights lack {_some(missing)}, which {source} calls for; copy or download them again")
     for name, shape in shapes.items():
-        stored = tensors[name]
-        if stored.shape != shape:
+        weight = weights[name]
+        file = weight.parts[0].file.name
+        if weight.shape != shape:
             raise ModelError(
-                f"{stored.file}: {name} has the shape {list(stored.shape)}, but config.json calls for {list(shape)}; "
-                "weights and config.json are of different models"
+                f"{file}: {name} has the shape {list(weight.shape)}, but {source} calls for {list(shape)}; "
+                f"weights and {source} are of different models{_perhaps_incomplete(weight)}"
             )
-        if stored.dtype not in DTYPES:
+        if weight.dtype not in DTYPES:
             raise ModelError(
-                f"{stored.file}: {name} is stored as {stored.dtype}; supported are {', '.join(DTYPES)}: "
+                f"{file}: {name} is stored as {weight.dtype}; supported are {', '.join(DTYPES)}: "
                 "give the original, unquantized model"
             )
-    strange = [name for name in tensors if name not in shapes and not _may_be_ignored(name)]
+    strange = [name for name in weights if name not in shapes and not _may_be_ignored(name)]
     if strange:
         raise ModelError(f"the weights hold {_some(strange)}, which a Llama model does not have")
+
+
+def _perhaps_incomplete(weight: Weight) -> str:
+    return ", or consolidated files are missing" if weight.parts[0].file.suffix == ".pth" else ""
 
 
 def _may_be_ignored(name: str) -> bool:

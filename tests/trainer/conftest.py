@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from kubetune_contract.config import RunConfig
-from kubetune_trainer import distributed
+from kubetune_trainer import distributed, launch
 
 ROOT = Path(__file__).parents[2]
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -31,6 +31,23 @@ torch.set_num_threads(1)
 def pytest_configure(config: pytest.Config) -> None:
     """peft 0.21 still asks transformers 5 under the old name."""
     config.addinivalue_line("filterwarnings", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+
+Started = list[tuple[RunConfig, launch.Nodes]]
+"""Runs with their processes."""
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> Started:
+    """What would have been launched: the processes themselves are test_launch's and test_train's."""
+    seen: Started = []
+
+    def run(command: list[str], nodes: launch.Nodes) -> int:
+        seen.append((RunConfig.model_validate_json(Path(command[-1]).read_bytes()), nodes))
+        return 66
+
+    monkeypatch.setattr(launch, "run", run)
+    return seen
 
 
 @pytest.fixture(scope="session", autouse=True)

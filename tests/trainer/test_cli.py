@@ -18,19 +18,6 @@ PATHS = ["model.path=m", "dataset.path=d.jsonl", "output_dir=o"]
 SINGLE = "lora_finetune_single_device"
 
 
-@pytest.fixture
-def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[RunConfig, launch.Nodes]]:
-    """What would have been launched: the processes themselves are test_launch's and test_train's."""
-    seen: list[tuple[RunConfig, launch.Nodes]] = []
-
-    def run(command: list[str], nodes: launch.Nodes) -> int:
-        seen.append((RunConfig.model_validate_json(Path(command[-1]).read_bytes()), nodes))
-        return 66
-
-    monkeypatch.setattr(launch, "run", run)
-    return seen
-
-
 def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
     """The problems on stderr, without the headline."""
     headline, *problems = capsys.readouterr().err.splitlines()

@@ -1,8 +1,8 @@
 """RunConfig: everything that decides a run, closed and complete. Every bound, default and rule stands here, once."""
 
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from kubetune_contract.base import ContractModel, Rule
 from kubetune_contract.dataset import DatasetConfig, ValidationConfig
@@ -62,6 +62,15 @@ class DPOConfig(ContractModel):
     """Probability that a preference is the wrong way round."""
 
 
+def _refuse_fp16(value: Any) -> Any:
+    if str(value).lower() in ("fp16", "float16", "half"):
+        raise ValueError(
+            f"{value} is not offered: gradients leave its range unless the loss is scaled; "
+            "BF16 takes the same memory and has the range of FP32"
+        )
+    return value
+
+
 class TrainingConfig(ContractModel):
     """The optimisation."""
 
@@ -91,7 +100,7 @@ class TrainingConfig(ContractModel):
     """Gradients are scaled down to this global L2 norm; 0 leaves them as they are."""
     seed: int = Field(default=42, ge=0, le=2147483647)
     """Decides the data order, the adapter's first weights and dropout."""
-    precision: Literal["Auto", "BF16", "FP32"] = "Auto"
+    precision: Annotated[Literal["Auto", "BF16", "FP32"], BeforeValidator(_refuse_fp16)] = "Auto"
     """Number format of the matrix products. Auto: BF16 where the device has instructions for it, else FP32."""
     activation_checkpointing: Literal["None", "Selective", "Full"] = "None"
     """Full keeps only each block's input and computes the rest again in the backward pass; Selective also keeps the

@@ -109,7 +109,12 @@ def _messages(problem: Any) -> list[str]:
 
 def _about_rule(names: list[str], message: str, spell: Callable[[str], str]) -> str:
     prefix = f"{_path(names, spell)}: " if names else ""
-    return prefix + _CAMEL.sub(lambda word: spell(word[0]), message)
+    return prefix + in_words_of(message, spell)
+
+
+def in_words_of(message: str, spell: Callable[[str], str]) -> str:
+    """A rule's message with its fields spelt as the reader spells them."""
+    return _CAMEL.sub(lambda word: spell(word[0]), message)
 
 
 def _path(names: list[str], spell: Callable[[str], str]) -> str:

@@ -23,7 +23,7 @@ def _untrained_tokens(config: RunConfig) -> str | None:
     if not folder.is_dir() or _knows_chats(folder):
         return None
     return (
-        f"{folder} looks like base weights: it has no chat template, and no part of its name says Instruct. The "
+        f"{folder} looks like base weights: it has no chat template, and its name does not say Instruct. The "
         f"special tokens of a chat have untrained embeddings there, and {config.method} does not train embeddings: "
         "take the Instruct weights, add embed_tokens and lm_head to adapter.target_modules, or set dataset.format to "
         "Completion"
@@ -31,7 +31,9 @@ def _untrained_tokens(config: RunConfig) -> str | None:
 
 
 def _knows_chats(folder: Path) -> bool:
-    if any(word in part.lower() for part in folder.resolve().parts for word in _TUNED):
+    whole = folder.resolve()
+    name = whole.parent.name if whole.name == "original" else whole.name  # original/ holds Meta's own files
+    if any(word in name.lower() for word in _TUNED):
         return True
     if (folder / "chat_template.jinja").exists():
         return True

@@ -35,7 +35,10 @@ def job_name(config: str) -> str:
 
 
 def manifest(config: RunConfig, preset: str | None, placement: Placement) -> str:
-    """The FineTuneJob as YAML. Comments say which files belong where on the claim."""
+    """The FineTuneJob as YAML. Comments say which files belong where on the claim. Raises ConfigError."""
+    if not re.fullmatch(rf"[a-z]([-a-z0-9]{{0,{_NAME_LENGTH - 2}}}[a-z0-9])?", placement.name):
+        rule = f"must begin with a letter, hold only a-z, 0-9 and hyphens, and have at most {_NAME_LENGTH} characters"
+        raise ConfigError([f"--name: {placement.name!r} {rule}"])
     files: dict[str, str] = {}
     spec = {
         **_sections(config, preset, files),
@@ -51,7 +54,9 @@ def manifest(config: RunConfig, preset: str | None, placement: Placement) -> str
         "metadata": {"name": placement.name},
         "spec": spec,
     }
-    notes = [f"# On the claim {placement.models_claim}: {source} as {path}" for path, source in files.items()]
+    notes = [f"#   {path}: {source}" for path, source in files.items()]
+    if notes:
+        notes.insert(0, f"# On the claim {placement.models_claim}:")
     return "\n".join([*notes, yaml.safe_dump(job, sort_keys=False, width=120)])
 
 
@@ -124,8 +129,10 @@ def _volume_path(path: str, files: dict[str, str]) -> str:
     relative = path if stays_inside(path) else PurePosixPath(path).name
     if not re.fullmatch(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*", relative) or not stays_inside(relative):
         raise ConfigError([f"{path} cannot be a path on a volume: use letters, digits, '.', '_', '-' and '/'"])
-    if relative != path:
-        files[relative] = path
+    if relative != path and files.setdefault(relative, path) != path:
+        raise ConfigError(
+            [f"{path} and {files[relative]} would both be {relative} on the volume: give paths relative to its root"]
+        )
     return relative
 
 

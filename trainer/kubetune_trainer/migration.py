@@ -125,7 +125,7 @@ KEYS: Final = (
     Key("loss.num_output_chunks", None, "cross-entropy in chunks, which never holds all logits"),
     Key("loss.ignore_index", None, "what carries the loss follows from dataset.train_on"),
     # --- memory and speed
-    Key("dtype", "training.precision", "bf16 is BF16, fp32 is FP32; fp16 is not offered"),
+    Key("dtype", "training.precision", "bf16 is BF16, fp32 is FP32; fp16 is refused: gradients leave its range"),
     Key("device", None, "GPUs where there are any, else the CPU"),
     Key("compile", "training.compile"),
     Key("enable_activation_checkpointing", "training.activation_checkpointing", "true is Full, false is None"),

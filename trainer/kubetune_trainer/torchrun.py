@@ -23,11 +23,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--standalone", action="store_true", help="one machine, as without --nnodes")
 
 
+def gpus() -> int:
+    """GPUs of this machine, without asking torch."""
+    return len(list(Path("/dev").glob("nvidia[0-9]*")))
+
+
 def nodes(options: argparse.Namespace) -> Nodes:
     """Who takes part. Raises ConfigError for a word that is no number and for options that contradict each other."""
     processes, problems = options.nproc_per_node, []
     if processes in _BY_DEVICES:
-        processes = str(max(1, len(list(Path("/dev").glob("nvidia[0-9]*")))))
+        processes = str(max(1, gpus()))
     if not processes.isdigit() or int(processes) < 1:
         problems.append(
             f"--nproc_per_node: {processes!r} is neither a number of processes nor {' or '.join(_BY_DEVICES)}"

@@ -90,9 +90,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(503, "")
         elif self.server.private and not self._has_token():
             self._refuse(401, "RepoNotFound")
-        elif info := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
+        elif info := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
             self._tell(*info.groups())
-        elif file := re.fullmatch(rf"/{REPO}/resolve/{COMMIT}/(.+)", path):
+        elif file := re.fullmatch(rf"/(?:datasets/)?{REPO}/resolve/{COMMIT}/(.+)", path):
             self._send_file(file[1])
         else:
             self._refuse(404, "RepoNotFound")

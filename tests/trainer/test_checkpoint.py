@@ -293,17 +293,17 @@ def complete_checkpoint(folder: Path) -> None:
 
 def test_the_first_start_fixes_values_for_all_later_ones(tmp_path: Path) -> None:
     folder = tmp_path / "new" / "out"
-    assert claim(folder, RUN, {"started": "monday"}) == {"started": "monday"}
+    assert claim(folder, RUN, lambda: {"started": "monday"}) == {"started": "monday"}
     complete_checkpoint(folder)
-    assert claim(folder, RUN, {"started": "tuesday"}) == {"started": "monday"}
+    assert claim(folder, RUN, lambda: {"started": "tuesday"}) == {"started": "monday"}
 
 
 @pytest.mark.parametrize("reach", [finish, complete_checkpoint])
 def test_a_folder_with_results_of_other_settings_is_refused(reach: Callable[[Path], None], tmp_path: Path) -> None:
-    claim(tmp_path, RUN, {})
+    claim(tmp_path, RUN, lambda: {})
     reach(tmp_path)
     with pytest.raises(OtherRunError) as caught:
-        claim(tmp_path, OTHER, {})
+        claim(tmp_path, OTHER, lambda: {})
     assert caught.value.exit_code == ExitCode.INVALID_CONFIG
     assert str(caught.value) == (
         f"{tmp_path} belongs to a run with other settings: training.epochs was 2, now 3; training.seed was 1, now 2. "
@@ -312,10 +312,10 @@ def test_a_folder_with_results_of_other_settings_is_refused(reach: Callable[[Pat
 
 
 def test_a_folder_in_which_nothing_was_reached_is_taken_over(tmp_path: Path) -> None:
-    claim(tmp_path, RUN, {"started": "monday"})
+    claim(tmp_path, RUN, lambda: {"started": "monday"})
     for name in ("metrics.jsonl", "samples.json"):
         (tmp_path / name).write_text("of the other run")
-    assert claim(tmp_path, OTHER, {"started": "tuesday"}) == {"started": "tuesday"}
+    assert claim(tmp_path, OTHER, lambda: {"started": "tuesday"}) == {"started": "tuesday"}
     assert not (tmp_path / "metrics.jsonl").exists()
     assert not (tmp_path / "samples.json").exists()
 
@@ -323,7 +323,7 @@ def test_a_folder_in_which_nothing_was_reached_is_taken_over(tmp_path: Path) -> 
 def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="file/out cannot be written: Not a directory"):
-        claim(tmp_path / "file" / "out", RUN, {})
+        claim(tmp_path / "file" / "out", RUN, lambda: {})
 
 
 DIFFERENCES: dict[str, tuple[Any, Any, list[str]]] = {

@@ -58,7 +58,7 @@ def load(path: Path, tokenizer: Tokenizer, **options: Any) -> Dataset:
 
 
 def load_config(config: DatasetConfig, tokenizer: Tokenizer) -> Dataset:
-    return arrange(load_parts(config, tokenizer, cache_folder(Path())), config, config.packed)
+    return arrange(load_parts(config, tokenizer, cache_folder(Path()), {}), config, config.packed)
 
 
 def only(dataset: Dataset) -> Sample:
@@ -304,7 +304,7 @@ def test_validation_is_read_with_the_options_of_the_training_data(tokenizer: Tok
 def test_questions_end_before_the_last_answer(tokenizer: Tokenizer, tmp_path: Path) -> None:
     path = write_rows(tmp_path, CAPITALS, CAPITALS[:2], CAPITALS[1:3], CAPITALS)
     config = DatasetConfig(path=str(path))
-    first, second = load_questions(load_parts(config, tokenizer, cache_folder(Path())), 2, config, tokenizer)
+    first, second = load_questions(load_parts(config, tokenizer, cache_folder(Path()), {}), 2, config, tokenizer)
     assert (first.text, first.reference) == ("And of Peru?", "Lima. 🙂")
     assert first.rendered == tokenizer.render(CAPITALS[:4], add_generation_prompt=True)
     assert (second.text, second.reference) == ("What is the capital of France?", "Paris.")

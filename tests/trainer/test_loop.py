@@ -32,7 +32,7 @@ SUMS = {"rtol": 1e-5, "atol": 1e-7}
 
 def make_run(config: RunConfig, world: World, total: int = 10, **changes: Any) -> Run:
     tokenizer = Tokenizer.from_folder(Path(config.model.path))
-    data, held_out = load_data(config, tokenizer, cache_folder(Path(config.output_dir)))
+    data, held_out = load_data(config, tokenizer, cache_folder(Path(config.output_dir)), {})
     training, folder = config.training, Path(config.output_dir)
     folder.mkdir(exist_ok=True)
     batch = training.batch_size * training.gradient_accumulation_steps * world.size

@@ -130,7 +130,7 @@ def steps_of(config: RunConfig) -> int:
 def batches(config: RunConfig) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """The rows of each step as one padded batch for transformers: -1 where there is padding, labels in place."""
     tokenizer = Tokenizer.from_folder(Path(config.model.path))
-    data = load_data(config, tokenizer, cache_folder(Path(config.output_dir))).training
+    data = load_data(config, tokenizer, cache_folder(Path(config.output_dir)), {}).training
     training = config.training
     rows = training.batch_size * training.gradient_accumulation_steps
     sampler = Sampler(data.lengths, rows, training.batch_size, training.seed, config.dataset.shuffle)

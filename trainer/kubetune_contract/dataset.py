@@ -165,6 +165,11 @@ class DatasetConfig(DatasetOptions, Source):
         MIXTURE_RULE,
     )
 
+    @property
+    def sources(self) -> "tuple[DatasetConfig | MixedDataset, ...]":
+        """All datasets of the mixture, this one first."""
+        return (self, *self.mixture)
+
 
 class ValidationOptions(ContractModel):
     """Held-out data: its loss is measured before the first step and after the last."""

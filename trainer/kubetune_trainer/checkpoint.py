@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from hashlib import sha256
@@ -225,8 +225,8 @@ def _set_random_state(path: Path, world: World) -> None:
 # --- one folder, one run ----------------------------------------------------------------------------------------------
 
 
-def claim(output: Path, identity: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, Any]:
-    """Makes the folder this run's and returns what the run's first start wrote as `first`, now or earlier.
+def claim(output: Path, identity: Mapping[str, Any], first: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Makes the folder this run's and returns what the run's first start wrote as `first()`, now or earlier.
 
     Rank 0 only; both are JSON. A folder with a checkpoint or result of another identity is refused with OtherRunError;
     one in which no checkpoint was reached is taken over. Raises OutputError where it cannot be written.
@@ -243,9 +243,9 @@ def claim(output: Path, identity: Mapping[str, Any], first: Mapping[str, Any]) -
             )
         for name in (METRICS_FILE, SAMPLES_FILE):
             (output / name).unlink(missing_ok=True)
-        known = {"identity": identity, "first": first}
+        known = {"identity": identity, "first": first()}
         write_file(output / IDENTITY_FILE, json.dumps(known, indent=1).encode())
-        return dict(first)
+        return dict(known["first"])
 
 
 def differences(old: Any, new: Any, path: str = "") -> list[str]:

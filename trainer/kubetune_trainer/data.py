@@ -15,14 +15,14 @@ import numpy.typing as npt
 import torch
 
 from kubetune_contract.config import RunConfig
-from kubetune_contract.dataset import DatasetConfig, MixedDataset, RowOptions, ValidationConfig
+from kubetune_contract.dataset import DatasetConfig, RowOptions, ValidationConfig
 from kubetune_trainer.cache import load_tokenized
 from kubetune_trainer.formats import Formatter, Question
 from kubetune_trainer.model import IGNORE
 from kubetune_trainer.packing import pack
 from kubetune_trainer.rows import DataError, RowError, read_rows
 from kubetune_trainer.sampling import Share, Tokens
-from kubetune_trainer.sources import Origin, origin_of
+from kubetune_trainer.sources import Commits, Origin, origin_of
 from kubetune_trainer.tokenizer import Tokenizer
 from kubetune_trainer.tokens import SHOWN_PROBLEMS, Tokenized
 
@@ -137,19 +137,20 @@ class Data(NamedTuple):
     held_out: Dataset | None
 
 
-def load_data(config: RunConfig, tokenizer: Tokenizer, cache: Path) -> Data:
+def load_data(config: RunConfig, tokenizer: Tokenizer, cache: Path, commits: Commits) -> Data:
     """Reads, renders and tokenizes what the run needs, or opens what an earlier run has left in `cache`.
 
-    Raises DataError for a file, row or template that cannot be used, and where no token would carry the loss.
+    `commits`: what pin() has found. Raises DataError for a file, row or template that cannot be used, and where no
+    token would carry the loss.
     """
     options, validation = config.dataset, config.validation
-    parts = load_parts(options, tokenizer, cache)
+    parts = load_parts(options, tokenizer, cache, commits)
     if validation is None:
         return Data(arrange(parts, options, options.packed), None)
     if validation.fraction is not None:
         parts, apart = hold_out(parts, validation.fraction, config.training.seed)
     else:
-        apart = load_parts(validation_source(validation, options), tokenizer, cache)
+        apart = load_parts(validation_source(validation, options), tokenizer, cache, commits)
     return Data(arrange(parts, options, options.packed), arrange(apart, options, packed=False))
 
 
@@ -158,12 +159,11 @@ def validation_source(validation: ValidationConfig, training: DatasetConfig) -> 
     return training.model_copy(update={"path": validation.path, "repo": None, "mixture": [], "weight": 1.0})
 
 
-def load_parts(options: DatasetConfig, tokenizer: Tokenizer, cache: Path) -> list[Part]:
+def load_parts(options: DatasetConfig, tokenizer: Tokenizer, cache: Path, commits: Commits) -> list[Part]:
     """All datasets of the mixture. Raises DataError where one cannot be used."""
     parts = []
-    sources: list[DatasetConfig | MixedDataset] = [options, *options.mixture]
-    for source in sources:
-        origin = origin_of(source)
+    for source in options.sources:
+        origin = origin_of(source, commits)
         documents = load_tokenized(origin, source, options, tokenizer, cache)
         parts.append(Part(origin, source, documents, np.arange(len(documents.label_counts))))
     _refuse_bad_rows(parts, options.max_bad_rows)

@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
@@ -20,6 +19,7 @@ from typing import Any, Final
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.hub import check_model
+from kubetune_trainer.remote import Repository, SourceDeniedError, Words, hub_errors, literal
 
 _USED: Final = ("*.json", "*.safetensors", "*.pth", "*tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*")
 """Files of a repository that a run or its export uses, and the terms of their use."""
@@ -39,49 +39,10 @@ _INTERRUPTED: Final = 130
 """What a shell reports for a command that Ctrl-C ended."""
 
 
-class SourceDeniedError(JobError):
-    """The repository does not exist, or this token may not read it."""
-
-    exit_code = ExitCode.SOURCE_DENIED
-
-
-class SourceUnavailableError(JobError):
-    """The hub cannot be reached or does not work now. What was downloaded stays; a retry goes on from there."""
-
-    exit_code = ExitCode.SOURCE_UNAVAILABLE
-
-
 class StorageError(JobError):
     """The folder of the model cannot be written."""
 
     exit_code = ExitCode.OUTPUT_NOT_WRITABLE
-
-
-@dataclass(frozen=True)
-class Words:
-    """How errors name the places where their reader can change something."""
-
-    authorize: str
-    """How to give a token, as in `name a secret with ...`."""
-    revision: str
-    """Where the revision stands."""
-    full: str
-    """What is full, and what helps."""
-    read_only: str
-    """What to make writable, and why."""
-
-
-@dataclass(frozen=True)
-class Repository:
-    """A repository of the hub at a revision, and which of its files are not wanted."""
-
-    name: str
-    revision: str = "main"
-    ignore_patterns: tuple[str, ...] = ()
-    """Shell patterns."""
-
-    def __str__(self) -> str:
-        return f"{self.name} at revision {self.revision}"
 
 
 def fetch(source: Repository, folder: Path, token: str | None, words: Words) -> None:
@@ -93,7 +54,7 @@ def fetch(source: Repository, folder: Path, token: str | None, words: Words) -> 
     """
     from huggingface_hub import HfApi
 
-    with _hub(source, words):
+    with hub_errors(source, words):
         hub = HfApi(token=token)
         info = hub.model_info(source.name, revision=source.revision, files_metadata=True)
         files = {file.rfilename: file for file in info.siblings or ()}
@@ -105,7 +66,7 @@ def fetch(source: Repository, folder: Path, token: str | None, words: Words) -> 
         with ThreadPoolExecutor(_PARALLEL) as pool:
             list(pool.map(lambda file: _complete(source, info.sha, file, folder, token), large))
         hub.snapshot_download(
-            source.name, revision=info.sha, local_dir=folder, allow_patterns=[_literal(name) for name in wanted]
+            source.name, revision=info.sha, local_dir=folder, allow_patterns=[literal(name) for name in wanted]
         )
 
 
@@ -146,50 +107,6 @@ def choose_files(names: Sequence[str], ignore_patterns: Sequence[str]) -> list[s
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether any pattern fits, as huggingface_hub reads patterns: `*` goes over slashes, `x/` is all of a folder."""
     return any(fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
-
-
-def _literal(name: str) -> str:
-    """The pattern that fits this name only."""
-    return "".join(f"[{letter}]" if letter in "*?[" else letter for letter in name)
-
-
-@contextmanager
-def _hub(source: Repository, words: Words) -> Iterator[None]:
-    """Errors of the Hugging Face hub become SourceDeniedError or SourceUnavailableError; OSError of files passes."""
-    from huggingface_hub import errors
-    from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client in this hub version
-
-    try:
-        yield
-    except errors.HFValidationError as error:
-        raise SourceDeniedError(f"{source.name!r} is no repository of the Hugging Face hub: {error}") from error
-    except errors.GatedRepoError as error:
-        raise SourceDeniedError(
-            f"{source} is gated: accept its terms on the hub with the account of your token, "
-            f"and {words.authorize.format(which='that token')}"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        text = f"{source.name} has no revision {source.revision}: correct {words.revision}"
-        raise SourceDeniedError(text) from error
-    except errors.HfHubHTTPError as error:
-        raise _refusal(source, words, error.response.status_code, error) from error
-    except (HTTPError, errors.LocalEntryNotFoundError, errors.XetDownloadError, ConnectionError, TimeoutError) as error:
-        text = f"the hub cannot be reached for {source}: {error.__cause__ or error}"
-        raise SourceUnavailableError(text) from error
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        # The hub's own: a file without its metadata, or one that ended too early.
-        raise SourceUnavailableError(f"the download of {source} failed: {error}") from error
-
-
-def _refusal(source: Repository, words: Words, status: int, error: Exception) -> JobError:
-    if status in (401, 403, 404):
-        return SourceDeniedError(
-            f"{source} does not exist or this token may not read it (HTTP {status}): check the name, "
-            f"and {words.authorize.format(which='a token that may')}"
-        )
-    return SourceUnavailableError(f"the hub does not serve {source} now (HTTP {status}): {error}")
 
 
 @contextmanager

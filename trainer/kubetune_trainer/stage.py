@@ -21,9 +21,10 @@ from kubetune_contract.paths import COMPLETE_FILE, MODELS_MOUNT, TERMINATION_LOG
 from kubetune_contract.progress import TerminationMessage
 from kubetune_contract.staging import StagedFile, StagedModel, StageSource, StagingManifest
 from kubetune_trainer.architecture import ARCHITECTURE, ModelError
-from kubetune_trainer.download import Repository, Words, fetch, storage
+from kubetune_trainer.download import fetch, storage
 from kubetune_trainer.hub import check_model, missing_folder
 from kubetune_trainer.locks import locked
+from kubetune_trainer.remote import Repository, Words
 
 LOCK_FILE: Final = f"{COMPLETE_FILE}.lock"
 

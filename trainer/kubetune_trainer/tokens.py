@@ -101,8 +101,7 @@ def write_tokenized(folder: Path, source: Source, formatter: Formatter, tokenize
     Raises DataError for a file that cannot be read. Bad rows are counted and left out.
     """
     counts = Counts(source.names)
-    whole = formatter.train_on == "All" or formatter.options.format == "Completion"
-    turn_ends = np.array([] if whole else sorted(tokenizer.special_ids), dtype=np.int32)
+    turn_ends = turn_ends_of(formatter, tokenizer)
     with (folder / "ids.bin").open("wb") as ids, (folder / "carries.bin").open("wb") as carries:
         writer = _Writer(ids, carries, turn_ends, cut, counts)
         rendered = _rendered(source, formatter, counts)
@@ -119,6 +118,12 @@ def write_tokenized(folder: Path, source: Source, formatter: Formatter, tokenize
     values = {"counts": asdict(counts), "empty": len(writer.label_counts) == 0}
     (folder / META_FILE).write_text(json.dumps(values))
     return counts
+
+
+def turn_ends_of(formatter: Formatter, tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens with which a part that carries the loss ends; none where everything carries it."""
+    whole = formatter.train_on == "All" or formatter.options.format == "Completion"
+    return frozenset() if whole else tokenizer.special_ids
 
 
 def _rendered(source: Source, formatter: Formatter, counts: Counts) -> Iterator[tuple[tuple[int, int], list[Rendered]]]:
@@ -145,9 +150,7 @@ def _rendered(source: Source, formatter: Formatter, counts: Counts) -> Iterator[
 class _Writer:
     """Appends documents to the streams and keeps their index."""
 
-    def __init__(
-        self, ids: IO[bytes], carries: IO[bytes], turn_ends: npt.NDArray[np.int32], cut: int, counts: Counts
-    ) -> None:
+    def __init__(self, ids: IO[bytes], carries: IO[bytes], turn_ends: frozenset[int], cut: int, counts: Counts) -> None:
         self._ids = ids
         self._carries = carries
         self._turn_ends = turn_ends
@@ -159,11 +162,11 @@ class _Writer:
 
     def add(self, row: tuple[int, int], sides: Sequence[tuple[Any, list[tuple[int, int]]]]) -> None:
         """A row's documents, unless one of them has nothing that carries the loss."""
-        counts, longest = self._counts, max(len(encoding.ids) for encoding, _ in sides)
+        counts, longest = self._counts, max(len(encoding) for encoding, _ in sides)
         counts.longest = max(counts.longest, longest)
         counts.truncated += longest > self._cut
         counts.answers |= all(spans for _, spans in sides)
-        documents = [_document(encoding, spans, self._turn_ends, self._cut) for encoding, spans in sides]
+        documents = [cut_document(encoding, spans, self._turn_ends, self._cut) for encoding, spans in sides]
         if not all(np.any(carries) for _, carries in documents):
             counts.unlabelled += 1
             return
@@ -175,21 +178,22 @@ class _Writer:
             self.rows.extend(row)
 
 
-def _document(
-    encoding: Any, spans: list[tuple[int, int]], turn_ends: npt.NDArray[np.int32], cut: int
+def cut_document(
+    encoding: Any, spans: list[tuple[int, int]], turn_ends: frozenset[int], cut: int
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.bool_]]:
     """The tokens up to the last one that carries the loss, and whether each does.
 
     Under causal attention later tokens change no loss. The first is nobody's target.
     """
-    ids = np.array(encoding.ids, dtype=np.int32)
+    encoding_ids = encoding.ids  # each access makes a list anew
+    ids = np.array(encoding_ids, dtype=np.int32)
     starts = np.array([start for start, _ in encoding.offsets], dtype=np.int64)
     carries = np.zeros(len(ids), dtype=bool)
     for start, stop in spans:
         first, end = np.searchsorted(starts, (start, stop))
         # An answer ends with its end-of-turn token; what the template writes after it (a line break) is not part of it.
-        ends = np.flatnonzero(np.isin(ids[first:end], turn_ends))
-        carries[first : first + ends[-1] + 1 if len(ends) else end] = True
+        last = next((i for i in range(end - 1, first - 1, -1) if encoding_ids[i] in turn_ends), end - 1)
+        carries[first : last + 1] = True
     carries[:1] = False
     carries = carries[:cut]
     length = int(np.flatnonzero(carries)[-1]) + 1 if carries.any() else 0

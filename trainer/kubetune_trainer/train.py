@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
@@ -41,7 +41,7 @@ from kubetune_trainer.parallel import build, choose_precision
 from kubetune_trainer.peft import trainable
 from kubetune_trainer.report import Poster, Reporter, write_termination
 from kubetune_trainer.sampling import Sampler
-from kubetune_trainer.sources import origin_of
+from kubetune_trainer.sources import origin_of, pin
 from kubetune_trainer.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -95,8 +95,7 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
         _say(world, f"this run has finished already, its results are in {folder}")
         return finished
     # 2. The data, as tokens.
-    started = datetime.fromisoformat(first["started"])
-    tokenizer, data, held_out, questions = inputs = together(world, lambda: _read(config, started))
+    tokenizer, data, held_out, questions = inputs = together(world, lambda: _read(config, first))
     # 3. Who does what in which step.
     sampler = Sampler(
         data.lengths,
@@ -159,15 +158,22 @@ def together(world: World, act: Callable[[], T]) -> T:
 def _claim(config: RunConfig, reader: WeightReader, world: World) -> dict[str, Any]:
     """What rank 0 fixes at the first start of the run, for all ranks and whatever machines a later attempt gets:
 
-    the date, the sequences per step, and the number format.
+    the date, the sequences per step, the number format, and the commits of data on the hub.
     """
     if not world.is_main:
         return {}
     folder = Path(config.output_dir)
     training = config.training
-    batch = training.batch_size * training.gradient_accumulation_steps * world.size
-    dtype, _ = choose_precision(config, world.device)
-    fixed = {"started": datetime.now().isoformat(), "global_batch": batch, "precision": _PRECISIONS[dtype]}
+
+    def fixed() -> dict[str, Any]:
+        dtype, _ = choose_precision(config, world.device)
+        return {
+            "started": datetime.now().isoformat(),
+            "global_batch": training.batch_size * training.gradient_accumulation_steps * world.size,
+            "precision": _PRECISIONS[dtype],
+            "commits": pin(config.dataset.sources),
+        }
+
     first = claim(folder, _identity(config, reader), fixed)
     write_file(
         folder / CONFIG_FILE,
@@ -194,8 +200,10 @@ def _identity(config: RunConfig, reader: WeightReader) -> dict[str, Any]:
 
 def _content(source: DatasetConfig | MixedDataset) -> dict[str, Any]:
     """A dataset with its content in place of its path or repository."""
+    if source.repo is not None:  # claim() pins its commit
+        return source.model_dump(mode="json", exclude={"path", "mixture", "max_bad_rows"})
     values = source.model_dump(mode="json", exclude={"path", "repo", "revision", "split", "mixture", "max_bad_rows"})
-    return values | {"content": origin_of(source).digest()}
+    return values | {"content": origin_of(source, {}).digest()}
 
 
 def _held_out_identity(config: RunConfig) -> str | float | None:
@@ -203,12 +211,12 @@ def _held_out_identity(config: RunConfig) -> str | float | None:
         return None
     if config.validation.fraction is not None:
         return config.validation.fraction
-    return origin_of(validation_source(config.validation, config.dataset)).digest()
+    return origin_of(validation_source(config.validation, config.dataset), {}).digest()
 
 
-def _read(config: RunConfig, started: datetime) -> Inputs:
-    tokenizer = Tokenizer.from_folder(Path(config.model.path), started)
-    data = load_data(config, tokenizer, cache_folder(Path(config.output_dir)))
+def _read(config: RunConfig, first: Mapping[str, Any]) -> Inputs:
+    tokenizer = Tokenizer.from_folder(Path(config.model.path), datetime.fromisoformat(first["started"]))
+    data = load_data(config, tokenizer, cache_folder(Path(config.output_dir)), first["commits"])
     count = config.validation.samples if config.validation else 0
     parts = data.held_out.parts if data.held_out else ()
     questions = load_questions(parts, count, config.dataset, tokenizer)

@@ -18,6 +18,7 @@ from kubetune_trainer import download, launch, migration, recipes, torchrun
 from kubetune_trainer.advice import warnings
 from kubetune_trainer.manifest import Placement, job_name, manifest
 from kubetune_trainer.overrides import Selection, known_config, select
+from kubetune_trainer.preflight import check_files
 from kubetune_trainer.recipes import RECIPES, Recipe
 from kubetune_trainer.tasks import TASKS, Task
 
@@ -187,6 +188,7 @@ def _run(options: argparse.Namespace) -> int:
         raise ConfigError([f"--config: {selection.shipped} is a configuration of {task.name}: run that recipe"])
     values, problems = migration.take_out(selection.values)
     config = recipes.configure(values, recipe, [*_world_problems(recipe, nodes), *problems])
+    check_files(config)
     _warn(config)
     with tempfile.TemporaryDirectory(prefix="kubetune-") as folder:
         path = Path(folder, "run.json")

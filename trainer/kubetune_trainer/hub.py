@@ -129,8 +129,13 @@ def _what_is_missing(folder: Path, name: str) -> str:
 
 
 def missing_folder(folder: Path) -> str:
-    """A sentence for a folder that is not there: how far the path leads, and the nearest names at that point."""
-    parent, name = folder.parent, folder.name
+    """A sentence for a folder that is not there."""
+    return f"the folder {missing_path(folder)}"
+
+
+def missing_path(path: Path) -> str:
+    """What is wrong with a path that does not exist: how far it leads, and the nearest names at that point."""
+    parent, name = path.parent, path.name
     while not parent.is_dir():
         parent, name = parent.parent, parent.name
     names = _visible_names(parent)
@@ -139,7 +144,7 @@ def missing_folder(folder: Path) -> str:
         hint = f"did you mean {' or '.join(near)}?"
     else:
         hint = f"there are: {', '.join(names[:10])}" if names else "it is empty"
-    return f"the folder {folder} does not exist: {parent} has no {name}; {hint}"
+    return f"{path} does not exist: {parent} has no {name}; {hint}"
 
 
 def _visible_names(folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ from kubetune_trainer import model as model_module
 from kubetune_trainer import parallel
 from kubetune_trainer.architecture import LlamaConfig
 from kubetune_trainer.distributed import World
+from kubetune_trainer.estimate import embedding_on_host
 from kubetune_trainer.model import Documents, Llama
 from kubetune_trainer.optim import make_optimizer
 from kubetune_trainer.peft import trainable
@@ -41,8 +42,9 @@ class Trace(NamedTuple):
 class LiveStorages(TorchDispatchMode):
     """Counts the bytes of all storages that operators make, while they live."""
 
-    def __init__(self) -> None:
+    def __init__(self, explain: bool) -> None:
         super().__init__()
+        self._explain = explain
         self.bytes = self.peak = 0
         self._alive: dict[int, tuple[int, str]] = {}
         self.at_peak: list[tuple[int, str]] = []
@@ -51,7 +53,7 @@ class LiveStorages(TorchDispatchMode):
         made = func(*_without_masks(func, args), **(kwargs or {}))
         for tensor in tree_iter(made):
             if isinstance(tensor, Tensor):
-                self._add(tensor, f"{func} {tuple(tensor.shape)} {tensor.dtype}")
+                self._add(tensor, f"{func} {tuple(tensor.shape)} {tensor.dtype}" if self._explain else "")
         return made
 
     def forget_peak(self) -> None:
@@ -70,7 +72,8 @@ class LiveStorages(TorchDispatchMode):
         self.bytes += storage.nbytes()
         weakref.finalize(storage, self._remove, key)
         if self.bytes > self.peak:
-            self.peak, self.at_peak = self.bytes, list(self._alive.values())
+            self.peak = self.bytes
+            self.at_peak = list(self._alive.values()) if self._explain else []
 
     def _remove(self, key: int) -> None:
         self.bytes -= self._alive.pop(key, (0, ""))[0]
@@ -87,11 +90,16 @@ def _without_masks(func: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return args[0], indices, *args[2:]
 
 
-def trace_step(architecture: LlamaConfig, config: RunConfig) -> Trace:
-    """One micro-batch of batch_size documents of max_sequence_length tokens, after steps that made all state."""
-    live = LiveStorages()
+def trace_step(architecture: LlamaConfig, config: RunConfig, *, explain: bool = False) -> Trace:
+    """One micro-batch of batch_size documents of max_sequence_length tokens, after steps that made all state.
+
+    `explain` fills `largest`, which is slow.
+    """
+    live = LiveStorages(explain)
     with _fakes(live):
         model = parallel.build(config, _Reader(architecture), World(0, 1, 0, torch.device("cpu")))
+        if embedding_on_host(config, architecture, 1):
+            live.forget(model.model.embed_tokens.weight)
         params = list(trainable(model).values())
         optimizer = make_optimizer(params, config.training)
         for group in optimizer.param_groups:  # as on a GPU

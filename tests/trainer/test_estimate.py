@@ -1,27 +1,172 @@
 """The memory estimate: against traces of the real code, and what it says where memory is too small."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from tests.trainer.memory_trace import trace_step
 
-from kubetune_contract.config import RunConfig
+from kubetune_contract.config import RunConfig, TrainingConfig
 from kubetune_trainer.architecture import LlamaConfig
-from kubetune_trainer.estimate import embedding_on_host
+from kubetune_trainer.estimate import GIB, Estimate, embedding_on_host, estimate
+from kubetune_trainer.families import FAMILIES
 from kubetune_trainer.model import Llama
 
 SMALL = LlamaConfig(97, 48, 80, 2, 6, 2, 8, 1e-5, 1e4, None, False, 512)
+B8 = FAMILIES["llama3/8B"]
 
 
 def settings(**changes: Any) -> RunConfig:
     """A run on packed rows of 2048 tokens; a change of `training` or `dataset` names the field alone."""
-    values: dict[str, Any] = {"model": {"path": "m"}, "output_dir": "o"}
-    dataset, training = {"path": "d", "packed": True}, {"precision": "BF16"}
+    values: dict[str, Any] = {"model": {"path": "m"}, "output_dir": "o", "training": {"precision": "BF16"}}
+    values["dataset"] = {"path": "d", "packed": True}
     for name, value in changes.items():
-        places = ((training, RunConfig.model_fields["training"]), (dataset, RunConfig.model_fields["dataset"]))
-        known = [place for place, field in places if name in field.annotation.model_fields]
-        (known[0] if known else values)[name] = value
-    return RunConfig.model_validate(values | {"dataset": dataset, "training": training})
+        place = values["training"] if name in TrainingConfig.model_fields else values
+        (values["dataset"] if name == "max_sequence_length" else place)[name] = value
+    return RunConfig.model_validate(values)
+
+
+# --- against the real code --------------------------------------------------------------------------------------------
+
+FULL: dict[str, Any] = {"activation_checkpointing": "Full"}
+TRACED: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {
+    "8B LoRA as the presets have it": (B8, FULL),
+    "four blocks of 8B, nothing computed again": (replace(B8, num_hidden_layers=4), {}),
+    "four blocks of 8B, a short micro-batch, whose peak is the loss": (
+        replace(B8, num_hidden_layers=4),
+        FULL | {"batch_size": 1, "max_sequence_length": 512},
+    ),
+    "four blocks of 8B, every weight in bf16": (
+        replace(B8, num_hidden_layers=4),
+        FULL | {"method": "Full", "master_weights": "BF16"},
+    ),
+    "four blocks of 8B in fp32": (replace(B8, num_hidden_layers=4), FULL | {"precision": "FP32"}),
+    "four blocks of 8B, rank 64 with dropout on attention alone": (
+        replace(B8, num_hidden_layers=4),
+        FULL | {"adapter": {"rank": 64, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}},
+    ),
+    "four blocks of 8B, dropout on all layers, nothing computed again": (
+        replace(B8, num_hidden_layers=4),
+        {"adapter": {"dropout": 0.1}},
+    ),
+    "1B with its tied head": (replace(FAMILIES["llama3_2/1B"], num_hidden_layers=4), FULL),
+}
+
+
+@pytest.mark.parametrize(("architecture", "changes"), TRACED.values(), ids=TRACED)
+def test_the_estimate_is_within_5_percent_of_the_live_tensors_of_a_step(architecture, changes):
+    config = settings(**changes)
+    trace, parts = trace_step(architecture, config), estimate(config, architecture)
+    static = parts.weights + parts.adapter + parts.gradients + parts.optimizer
+    assert static == pytest.approx(trace.static, rel=0.01)
+    assert parts.total == pytest.approx(trace.peak, rel=0.05)
+    assert parts.total - static == pytest.approx(trace.peak - trace.static, rel=0.1)  # not hidden behind the weights
+
+
+REACHED: dict[str, tuple[str, dict[str, Any], float]] = {
+    "8B LoRA": ("llama3/8B", FULL, 16.2),
+    "8B QLoRA": ("llama3/8B", FULL | {"method": "QLoRA"}, 7.4),
+    "70B QLoRA on a card of 80 GB, libraries and gaps included": (
+        "llama3/70B",
+        FULL | {"method": "QLoRA", "adapter": {"rank": 16, "alpha": 32}},
+        74.5,
+    ),
+}
+
+
+@pytest.mark.parametrize(("model", "changes", "most"), REACHED.values(), ids=REACHED)
+def test_two_rows_of_2048_tokens_fit_into(model, changes, most):
+    parts = estimate(settings(**changes), FAMILIES[model])
+    assert (parts.needed if most > 70 else parts.total) / GIB <= most
+
+
+# --- what must be so whatever the numbers are -------------------------------------------------------------------------
+
+SMALLER: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "checkpointing": ({}, {"activation_checkpointing": "Full"}),
+    "selective checkpointing": ({}, {"activation_checkpointing": "Selective"}),
+    "full instead of selective checkpointing": ({"activation_checkpointing": "Selective"}, FULL),
+    "a smaller batch": ({"batch_size": 4}, {"batch_size": 1}),
+    "shorter rows": ({"max_sequence_length": 4096}, {"max_sequence_length": 512}),
+    "a lower rank": ({"adapter": {"rank": 64}}, {"adapter": {"rank": 8}}),
+    "fewer targets": ({}, {"adapter": {"target_modules": ["q_proj"]}}),
+    "no dropout": ({"adapter": {"dropout": 0.1}}, {}),
+    "no magnitudes": ({"method": "DoRA"}, {"method": "LoRA"}),
+    "an adapter": ({"method": "Full"}, {"method": "LoRA"}),
+    "four bits": ({"method": "LoRA"}, {"method": "QLoRA"}),
+    "double quantization": ({"method": "QLoRA", "quantization": {"double": False}}, {"method": "QLoRA"}),
+    "bf16 products": ({"precision": "FP32"}, {"precision": "BF16"}),
+    "bf16 weights": ({"method": "Full"}, {"method": "Full", "master_weights": "BF16"}),
+    "an 8-bit optimizer": ({"method": "Full"}, {"method": "Full", "optimizer": "AdamW8bit"}),
+    "a paged optimizer": (
+        {"method": "Full", "optimizer": "AdamW8bit"},
+        {"method": "Full", "optimizer": "PagedAdamW8bit"},
+    ),
+    "an optimizer in the backward pass": (
+        {"method": "Full"},
+        {
+            "method": "Full",
+            "optimizer_in_backward": True,
+            "gradient_accumulation_steps": 1,
+            "max_gradient_norm": 0,
+        },
+    ),
+    "offloading": ({"method": "Full"}, {"method": "Full", "cpu_offload": True}),
+}
+
+
+@pytest.mark.parametrize(("more", "less"), SMALLER.values(), ids=SMALLER)
+@pytest.mark.parametrize("processes", [1, 8])
+def test_less_memory_is_needed_with(more, less, processes):
+    large, small = (estimate(settings(**changes), B8, processes) for changes in (more, less))
+    assert small.total < large.total
+
+
+def test_more_processes_take_less_each_and_hybrid_counts_those_of_a_node():
+    sizes = [estimate(settings(method="Full"), B8, processes).total for processes in (1, 2, 4, 8, 16)]
+    assert sizes == sorted(sizes, reverse=True)
+    hybrid = estimate(settings(method="Full", sharding="Hybrid"), B8, 16, per_node=4)
+    assert hybrid == estimate(settings(method="Full"), B8, 4)
+
+
+def test_preferences_take_two_documents_for_each_sample():
+    pair = settings(dataset={"path": "d", "format": "Preference", "max_sequence_length": 1024})
+    plain = settings(dataset={"path": "d", "max_sequence_length": 2048})
+    assert estimate(pair, B8) == estimate(plain, B8)
+
+
+def test_offloaded_state_is_in_host_memory():
+    parts = estimate(settings(method="Full", cpu_offload=True), B8, 4)
+    assert parts.weights == parts.gradients == parts.optimizer == 0
+    assert parts.host == pytest.approx(16 * B8.parameters / 4, rel=0.001)
+
+
+def test_the_table_has_a_line_for_each_part_and_their_sum():
+    parts = Estimate(4 * GIB, GIB, 0, 0, GIB, 0, 0, 0, host=3 * GIB)
+    lines = parts.table().splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["weights", "4.00"],
+        ["adapter", "1.00"],
+        ["activations", "1.00"],
+        ["total", "6.00"],
+        ["needed", "6.78"],
+        ["host", "3.00"],
+    ]
+
+
+def test_the_sizes_of_the_families_are_those_of_their_published_weights():
+    billions = {name: round(model.parameters / 1e9, 2) for name, model in FAMILIES.items()}
+    assert billions == {
+        "llama3/8B": 8.03,
+        "llama3/70B": 70.55,
+        "llama3_1/8B": 8.03,
+        "llama3_1/70B": 70.55,
+        "llama3_1/405B": 405.85,
+        "llama3_2/1B": 1.24,
+        "llama3_2/3B": 3.21,
+        "llama3_3/70B": 70.55,
+    }
 
 
 # --- the embedding in host memory -------------------------------------------------------------------------------------
@@ -38,7 +183,7 @@ PLACES: dict[str, tuple[dict[str, Any], int, bool, bool]] = {
 
 @pytest.mark.parametrize(("changes", "processes", "tied", "on_host"), PLACES.values(), ids=PLACES)
 def test_the_embedding_stays_on_the_host_where_it_is_only_read(changes, processes, tied, on_host):
-    architecture = LlamaConfig(**{**SMALL.__dict__, "tie_word_embeddings": tied})
+    architecture = replace(SMALL, tie_word_embeddings=tied)
     assert embedding_on_host(settings(**changes), architecture, processes) is on_host
 
 

@@ -14,7 +14,7 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError, validated
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.presets import preset_text
-from kubetune_trainer import download, launch, migration, recipes, torchrun
+from kubetune_trainer import download, estimation, launch, migration, recipes, torchrun
 from kubetune_trainer.advice import warnings
 from kubetune_trainer.manifest import Placement, job_name, manifest
 from kubetune_trainer.overrides import Selection, known_config, select
@@ -22,7 +22,7 @@ from kubetune_trainer.preflight import check_files
 from kubetune_trainer.recipes import RECIPES, Recipe
 from kubetune_trainer.tasks import TASKS, Task
 
-_OTHERS: Final = (download,)
+_OTHERS: Final = (download, estimation)
 """Modules with a subcommand of their own: add_parser(commands) sets `run`, from the options to the exit code."""
 _SECRETS: Final = re.compile(r"\bhf_[A-Za-z0-9]{4,}")
 """Access tokens of the Hugging Face Hub."""

@@ -32,6 +32,7 @@ from kubetune_trainer.checkpoint import Checkpointer, as_output_error, claim, di
 from kubetune_trainer.data import Dataset, describe, load_data, load_questions, validation_source
 from kubetune_trainer.distributed import World, broadcast_object
 from kubetune_trainer.export import export_adapter, export_model
+from kubetune_trainer.fit import DoesNotFitError, check_memory
 from kubetune_trainer.formats import Question
 from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader, check_model
@@ -63,12 +64,6 @@ class SharedError(JobError):
     def __init__(self, exit_code: ExitCode, text: str) -> None:
         super().__init__(text)
         self.exit_code = exit_code
-
-
-class DoesNotFitError(JobError):
-    """The device's memory is too small for these settings."""
-
-    exit_code = ExitCode.DOES_NOT_FIT
 
 
 def main(config: RunConfig) -> int:
@@ -107,6 +102,7 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
     )
     total = min(config.training.epochs * sampler.steps_per_epoch, config.training.max_steps or sys.maxsize)
     _say(world, _plan_text(config, world, inputs, sampler, total))
+    _check_fits(config, reader, world, data)
     # 4. The model and its optimizer. Ranks draw their dropout from seeds of their own.
     torch.manual_seed(config.training.seed + world.rank)
     fixed = config.training.model_copy(update={"precision": first["precision"]})
@@ -227,6 +223,15 @@ def _finished(folder: Path, world: World) -> Result | None:
     path = folder / RESULT_FILE
     text = broadcast_object(world, path.read_text() if world.is_main and path.exists() else None)
     return Result.model_validate_json(text) if text is not None else None
+
+
+def _check_fits(config: RunConfig, reader: WeightReader, world: World, data: Dataset) -> None:
+    """Host memory is not judged: others share it, and it may be swapped."""
+    if world.device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(world.device)
+        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
+        longest = int(data.lengths.max())
+        check_memory(config, reader.config(), world.size, per_node, memory=memory, longest=longest)
 
 
 # --- 5. resume ---

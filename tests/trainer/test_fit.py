@@ -25,14 +25,14 @@ REMEDIES: dict[str, tuple[dict[str, Any], int, int, list[str]]] = {
         {},
         1,
         24,
-        ["set training.activation_checkpointing to Full", "set method to QLoRA", "use 2 processes"],
+        ["set training.activation_checkpointing to Full", "set method to QLoRA", "use 8 processes"],
     ),
     "LoRA on a card of 16 GiB": (FULL, 1, 16, ["set method to QLoRA", "use 2 processes"]),
     "full fine-tuning on one card of 80 GB": (
         FULL | {"method": "Full"},
         1,
         79,
-        ["set method to LoRA", "use 4 processes"],
+        ["set method to LoRA", "use 2 processes"],
     ),
     "a batch of 16 in 4 bits": (
         FULL | {"method": "QLoRA", "batch_size": 16},

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from kubetune_trainer.distributed import World, barrier
-from kubetune_trainer.hub import COMPANIONS, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, read_json
+from kubetune_trainer.hub import COMPANIONS, CONFIG_FILE, INDEX_FILE, TOKENIZER_FILE, WEIGHTS_FILE, WeightReader
+from kubetune_trainer.tiktoken_files import find_tiktoken, write_hugging_face
 
 MAX_SHARD = 5_000_000_000
 """Bytes of weights in one file, as on the Hugging Face hub."""
@@ -84,7 +85,7 @@ class ShardWriter:
         data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
         with (self._folder / file).open("r+b") as stream:
             stream.seek(place)
-            stream.write(memoryview(data.numpy()))
+            stream.write(data.numpy().data)
 
     def finish(self) -> None:
         """Write the index, where there are several files. Every tensor must be there."""
@@ -116,12 +117,14 @@ def write_companions(source: Path, folder: Path, dtype: torch.dtype, **changes: 
 
     The format is `torch_dtype` in transformers 4, `dtype` in 5.
     """
-    values = read_json(source, CONFIG_FILE)
+    values = WeightReader(source).values
     key = "dtype" if "dtype" in values else "torch_dtype"
     write_json(values | {key: str(dtype).removeprefix("torch.")} | changes, folder / CONFIG_FILE)
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, folder / name)
+    if not (source / TOKENIZER_FILE).exists() and (tiktoken := find_tiktoken(source)):
+        write_hugging_face(tiktoken, folder)
 
 
 def write_json(values: dict[str, Any], file: Path) -> None:

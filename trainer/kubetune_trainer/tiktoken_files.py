@@ -4,9 +4,11 @@ Importing this module imports neither torch nor tiktoken.
 """
 
 import base64
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import sha256
 from itertools import accumulate
 from pathlib import Path
@@ -25,19 +27,19 @@ PATTERN: Final = (
 
 BEGIN: Final = "<|begin_of_text|>"
 END: Final = "<|end_of_text|>"
-STOPS: Final = (END, "<|eom_id|>", "<|eot_id|>")
-"""What ends an answer: of a base model, of a message that calls a tool, of a turn."""
+CHAT_STOPS: Final = ("<|eom_id|>", "<|eot_id|>")
+"""What ends a message: one that waits for a tool, and any other."""
 
 CHAT_TOKENS: Final = (BEGIN, "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 """What a vocabulary must have for CHAT_TEMPLATE."""
 
 CHAT_TEMPLATE: Final = (
-    "{{ bos_token }}{% for message in messages %}"
+    "<|begin_of_text|>{% for message in messages %}"
     "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\n\n' + message.content | trim + '<|eot_id|>' }}"
     "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
 )
-"""Llama 3's chat format, for folders that have none."""
+"""Llama 3's chat format, for folders of its vocabulary that have none: Meta's own, and base models."""
 
 _NAMED: Final = {
     0: BEGIN,
@@ -114,7 +116,7 @@ class TiktokenBackend:
 
     def _offsets(self, text: str, ids: Sequence[int]) -> list[tuple[int, int]]:
         ends = list(accumulate(self._lengths[one] for one in ids))
-        starts = [0, *ends[:-1]]
+        starts = [0, *ends][:-1]
         if text.isascii():
             return list(zip(starts, ends, strict=True))
         # For each byte, the character that it belongs to.
@@ -160,3 +162,60 @@ def _parse(path: Path) -> dict[bytes, int]:
                 "add the model's tokenizer.json"
             ) from error
     return ranks
+
+
+# --- as a tokenizer.json ----------------------------------------------------------------------------------------------
+
+
+def write_hugging_face(path: Path, folder: Path) -> None:
+    """The same tokenizer as tokenizer.json, and Llama 3's chat format in tokenizer_config.json."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    ranks = read_ranks(path)
+    special = special_tokens(len(ranks))
+    vocabulary = {_letters(token): rank for token, rank in ranks.items()}
+    backend = Tokenizer(models.BPE(vocabulary, _merges(ranks), ignore_merges=True))
+    split = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(list(special))
+    begin = processors.TemplateProcessing(
+        single=f"{BEGIN} $A", pair=f"{BEGIN} $A {BEGIN} $B", special_tokens=[(BEGIN, special[BEGIN])]
+    )
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), begin])
+    backend.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BEGIN,
+        "eos_token": END,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _merges(ranks: dict[bytes, int]) -> list[tuple[str, str]]:
+    """tiktoken joins the neighbours that make the token of the lowest rank, whatever they are: all pairs that do so."""
+    pairs = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:cut], token[cut:]) for cut in range(1, len(token)))
+        known = [(ranks[left], ranks[right], left, right) for left, right in cuts if left in ranks and right in ranks]
+        pairs += [(_letters(left), _letters(right)) for _, _, left, right in sorted(known)]
+    return pairs
+
+
+def _letters(token: bytes) -> str:
+    return "".join(_letter(byte) for byte in token)
+
+
+@lru_cache(maxsize=256)
+def _letter(byte: int) -> str:
+    """GPT-2's visible letter for a byte: itself where Latin-1 prints it, else one from 256 on."""
+    hidden = [other for other in range(256) if not _is_visible(other)]
+    return chr(byte if _is_visible(byte) else 256 + hidden.index(byte))
+
+
+def _is_visible(byte: int) -> bool:
+    return 0x21 <= byte <= 0x7E or 0xA1 <= byte <= 0xAC or byte >= 0xAE

@@ -1,4 +1,4 @@
-"""The tokenizer of a Hugging Face model folder and its chat template."""
+"""The tokenizer of a model folder, in Hugging Face's or Meta's format, and its chat template."""
 
 import json
 from collections.abc import Sequence
@@ -13,6 +13,15 @@ from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kubetune_trainer.architecture import ModelError
+from kubetune_trainer.tiktoken_files import (
+    BEGIN,
+    CHAT_STOPS,
+    CHAT_TEMPLATE,
+    CHAT_TOKENS,
+    END,
+    TiktokenBackend,
+    find_tiktoken,
+)
 
 Message = dict[str, str]
 """One turn: `role` and `content`."""
@@ -25,7 +34,10 @@ NO_TEMPLATE: Final = (
 
 
 class Tokenizer:
-    """tokenizer.json with the model's chat template. Special tokens in a text become their ids; none are added."""
+    """tokenizer.json, or Meta's tokenizer.model, with the model's chat template.
+
+    Special tokens in a text become their ids; none are added.
+    """
 
     def __init__(
         self,
@@ -63,14 +75,18 @@ class Tokenizer:
     def from_folder(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
         """Reads the model's folder. `now` is the date for templates that write one: a resumed run gives its first.
 
-        Raises ModelError where tokenizer.json is missing, or it or the chat template is broken.
+        tokenizer.json is taken before Meta's tokenizer.model. Raises ModelError where both are missing, or what is
+        there or the chat template is broken.
         """
-        backend, begin = _backend(folder / "tokenizer.json")
+        backend, begin = _backend(folder)
         config = _json_object(folder / "tokenizer_config.json")
         special = _special_tokens(folder, config)
-        stop_ids = _stop_ids(folder, backend, special)
+        if isinstance(backend, TiktokenBackend):
+            special = {"bos_token": BEGIN, "eos_token": END} | special
+        template = _template_text(folder, config, backend)
+        stop_ids = _stop_ids(folder, backend, special, template)
         try:
-            return cls(backend, _template_text(folder, config), special, stop_ids, now or datetime.now(), begin=begin)
+            return cls(backend, template, special, stop_ids, now or datetime.now(), begin=begin)
         except jinja2.TemplateError as error:
             raise ModelError(f"{folder}: the chat template is not valid Jinja: {error}") from error
 
@@ -140,12 +156,15 @@ def _environment(now: datetime) -> ImmutableSandboxedEnvironment:
     return environment
 
 
-def _backend(path: Path) -> tuple[Any, str]:
+def _backend(folder: Path) -> tuple[Any, str]:
     """The tokenizer, and the special tokens that it would put before a text.
 
     Without its post-processor, which would add those tokens and trim spaces off the offsets.
     """
+    path = folder / "tokenizer.json"
     if not path.is_file():
+        if (tiktoken := find_tiktoken(folder)) is not None:
+            return TiktokenBackend(tiktoken), BEGIN
         raise ModelError(f"{path} is missing: the model folder needs its tokenizer")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
@@ -180,18 +199,21 @@ def _special_tokens(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
-def _stop_ids(folder: Path, backend: Any, special: dict[str, str]) -> frozenset[int]:
+def _stop_ids(folder: Path, backend: Any, special: dict[str, str], template: str | None) -> frozenset[int]:
     listed = [_json_object(folder / name).get("eos_token_id") for name in ("generation_config.json", "config.json")]
     ids = [backend.token_to_id(special.get("eos_token", ""))]
+    ids += [backend.token_to_id(token) for token in CHAT_STOPS if template == CHAT_TEMPLATE]
     ids += [one for entry in listed for one in (entry if isinstance(entry, list) else [entry])]
     return frozenset(one for one in ids if one is not None)
 
 
-def _template_text(folder: Path, config: dict[str, Any]) -> str | None:
+def _template_text(folder: Path, config: dict[str, Any], backend: Any) -> str | None:
     path = folder / "chat_template.jinja"
     if path.is_file():
         return path.read_text()
     template = config.get("chat_template")
     if isinstance(template, list):
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return template
+    return None if any(backend.token_to_id(token) is None for token in CHAT_TOKENS) else CHAT_TEMPLATE

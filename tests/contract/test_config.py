@@ -25,6 +25,13 @@ def problems(values: dict[str, Any], **options: Any) -> tuple[str, ...]:
 
 
 WRONG: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "magnitudes of the head": (
+        {"method": "QDoRA", "adapter": {"target_modules": ["q_proj", "lm_head"]}},
+        [
+            "adapter.target_modules must not name embed_tokens or lm_head with method QDoRA, "
+            "which trains magnitudes inside the blocks only: remove them, or set method to LoRA"
+        ],
+    ),
     "an unknown field names the nearest one": (
         {"training": {"learning_rte": 1e-3}},
         ["training.learning_rte: unknown field; did you mean learning_rate?"],

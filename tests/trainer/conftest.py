@@ -281,7 +281,7 @@ def _forkserver() -> Any:
     # torch._dynamo: torch imports it for the first optimizer or meta tensor, 1-3 s that each rank would spend again.
     saver = "torch.distributed.checkpoint.state_dict_saver"
     context.set_forkserver_preload(
-        ["kubetune_trainer.train", "pytest", "torch.distributed.fsdp", saver, "torch._dynamo"]
+        ["kubetune_trainer.train", "pytest", "torch.distributed.fsdp", saver, "torch._dynamo", "bitsandbytes"]
     )
     return context
 

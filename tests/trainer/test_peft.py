@@ -185,9 +185,10 @@ def test_merging_equals_peft() -> None:
     oracle = get_peft_model(base, LoraConfig(r=4, lora_alpha=6, target_modules=["0"], init_lora_weights=False))
     layer = oracle.base_model.model[0]
     a, b = layer.lora_A["default"].weight.detach().clone(), layer.lora_B["default"].weight.detach().clone()
-    found = merge(expected, a, b, 6 / 4)
+    factors = {"lora_A.weight": a, "lora_B.weight": b}
+    found = merge(expected, factors, 6 / 4)
     torch.testing.assert_close(found, oracle.merge_and_unload()[0].weight)
-    assert merge(expected.bfloat16(), a, b, 1.5).dtype == torch.bfloat16
+    assert merge(expected.bfloat16(), factors, 1.5).dtype == torch.bfloat16
 
 
 def test_a_target_that_the_model_lacks_is_refused() -> None:
@@ -195,8 +196,8 @@ def test_a_target_that_the_model_lacks_is_refused() -> None:
     with pytest.raises(ConfigError) as caught:
         add_lora(model, AdapterConfig(target_modules=["q_proj", "v_proj", "up_proj"]))
     assert caught.value.problems == (
-        "adapter.target_modules: the model has no linear layer v_proj",
-        "adapter.target_modules: the model has no linear layer up_proj",
+        "adapter.target_modules: the model has no layer v_proj: remove it",
+        "adapter.target_modules: the model has no layer up_proj: remove it",
     )
 
 

@@ -235,6 +235,17 @@ class RunConfig(ContractModel):
             message="quantization does not go with method {method}: remove quantization, or set method to QLoRA",
         ),
         Rule(
+            cel="!has(self.method) || !(self.method in ['DoRA', 'QDoRA']) || !has(self.adapter)"
+            " || !has(self.adapter.targetModules)"
+            " || !self.adapter.targetModules.exists(name, name in ['embed_tokens', 'lm_head'])",
+            holds=lambda run: (
+                not run.has_magnitude
+                or not {"embed_tokens", "lm_head"} & set((run.adapter or AdapterConfig()).target_modules)
+            ),
+            message="adapter.targetModules must not name embed_tokens or lm_head with method {method}, "
+            "which trains magnitudes inside the blocks only: remove them, or set method to LoRA",
+        ),
+        Rule(
             cel="!has(self.dpo) || !has(self.dataset.format) || self.dataset.format == 'Preference'",
             holds=lambda run: run.dpo is None or run.dataset.format == "Preference",
             message="dpo goes with data of the format Preference: remove dpo, or set dataset.format to Preference",

@@ -12,7 +12,8 @@ from torch import Tensor
 from kubetune_contract.config import RunConfig
 from kubetune_trainer.distributed import World, full_tensor
 from kubetune_trainer.model import Llama
-from kubetune_trainer.peft import LoRALinear, merge, peft_name, trainable
+from kubetune_trainer.peft import LoRAEmbedding, LoRALinear, merge, peft_name, trainable
+from kubetune_trainer.quant import full_weight
 from kubetune_trainer.shards import ShardWriter, Spec, finished_folder, write_companions, write_json
 
 
@@ -33,6 +34,7 @@ def export_adapter(model: Llama, config: RunConfig, folder: Path, world: World) 
             "r": adapter.rank,
             "lora_alpha": adapter.alpha,
             "lora_dropout": adapter.dropout,
+            "use_dora": config.has_magnitude,
             "target_modules": adapter.target_modules,
             "bias": "none",
             "inference_mode": True,
@@ -43,6 +45,7 @@ def export_adapter(model: Llama, config: RunConfig, folder: Path, world: World) 
 def export_model(model: Llama, source: Path, folder: Path, world: World) -> None:
     """Write the model, with its adapter merged in if it has one, and the tokenizer of the base model in `source`.
 
+    A base in 4 bits is written as the adapter saw it: every packed weight unpacked to the run's precision, then merged.
     Every rank count gives the same bits. All ranks must call it.
     """
     with finished_folder(folder, world) as scratch:
@@ -61,10 +64,9 @@ def export_model(model: Llama, source: Path, folder: Path, world: World) -> None
 def _merged(model: Llama, name: str, world: World) -> Tensor | None:
     """A base weight with its adapter, on rank 0; computed from whole tensors, so that sharding changes no bit."""
     layer = model.get_submodule(name.removesuffix(".weight"))
-    weight = full_tensor(model.get_parameter(name), world)
-    if not isinstance(layer, LoRALinear):
+    weight = full_weight(layer, world)
+    if not isinstance(layer, LoRALinear | LoRAEmbedding):
         return weight
-    lora_a, lora_b = full_tensor(layer.lora_A.weight, world), full_tensor(layer.lora_B.weight, world)
-    if weight is None or lora_a is None or lora_b is None:
-        return None
-    return merge(weight, lora_a, lora_b, layer.scale)
+    gathered = {key: full_tensor(parameter, world) for key, parameter in trainable(layer).items()}
+    factors = {key: factor for key, factor in gathered.items() if factor is not None}
+    return None if weight is None else merge(weight, factors, layer.scale)

@@ -83,12 +83,15 @@ class WeightReader:
 def load_weights(model: "nn.Module", reader: WeightReader) -> None:
     """Fill every weight of the base model from the reader's folder, converted to the parameter's dtype.
 
-    Of a sharded parameter only this process's rows are read. Parameters that an adapter added stay as they are.
+    Of a sharded parameter only this process's rows are read. Parameters that an adapter added stay as they are, and so
+    do packed ones: quant.load_packed() fills them.
     """
     from kubetune_trainer.distributed import local_rows
 
     parameters = dict(model.named_parameters())
     for name in reader.names():
+        if not parameters[name].is_floating_point():
+            continue
         local, start = local_rows(parameters[name])
         if len(local):
             local.copy_(reader.slice(name, start, start + len(local)))

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests.trainer.conftest import ALL_LINEAR
 from torch import Tensor
 
 from kubetune_contract.config import RunConfig
@@ -41,15 +42,20 @@ def trained(world: World, config: RunConfig, distance: float = 0.02) -> Llama:
     return model.eval()
 
 
-def their_logits(folder: Path, ids: Tensor, adapter: Path | None = None) -> Tensor:
+def their_logits(folder: Path, ids: Tensor, adapter: Path | None = None, *, packed: bool = False) -> Tensor:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    options: dict[str, Any] = {}
+    if packed:
+        four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+        options = {"quantization_config": four_bits, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
+    # Not in eval(): bitsandbytes then multiplies in bf16 on some CPUs. There is no dropout in these models.
     with torch.no_grad():
-        logits: Tensor = model.eval()(ids).logits
+        logits: Tensor = model.train(packed)(ids).logits
     return logits
 
 
@@ -61,8 +67,10 @@ def check_three_ways(model: Llama, config: RunConfig, world: World, folder: Path
     ids = torch.randint(model.config.vocab_size, (2, 40), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         ours = model(ids)
-    peft, merged = their_logits(base, ids, folder / "adapter"), their_logits(folder / "merged", ids)
-    assert (ours - their_logits(base, ids)).abs().max() > 0.1  # the adapter does something
+    packed = config.quantized is not None
+    peft = their_logits(base, ids, folder / "adapter", packed=packed)
+    merged = their_logits(folder / "merged", ids)
+    assert (ours - their_logits(base, ids, packed=packed)).abs().max() > 0.1  # the adapter does something
     for other in (peft, merged):
         torch.testing.assert_close(other, ours, **EXACT)
     torch.testing.assert_close(merged, peft, **EXACT)
@@ -93,13 +101,34 @@ def test_adapter_and_merged_model_of_other_kinds(
     check_three_ways(trained(alone, config), config, alone, tmp_path)
 
 
+WIDE = {"hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4, "num_key_value_heads": 2}
+EVERYWHERE = {"rank": 3, "alpha": 5, "target_modules": [*ALL_LINEAR, "embed_tokens", "lm_head"]}
+METHODS: dict[str, dict[str, Any]] = {
+    "LoRA, embedding and head too": {"method": "LoRA", "adapter": EVERYWHERE},
+    "DoRA": {"method": "DoRA"},
+    "QLoRA": {"method": "QLoRA"},
+    "QLoRA, embedding and head too": {"method": "QLoRA", "adapter": EVERYWHERE},
+    "QDoRA": {"method": "QDoRA"},
+}
+
+
+@pytest.mark.parametrize("changes", METHODS.values(), ids=METHODS.keys())
+def test_adapter_and_merged_model_of_each_method(
+    changes: dict[str, Any], llama_folder: Callable[..., Path], run_config: Configure, alone: World, tmp_path: Path
+) -> None:
+    """Of a base in 4 bits peft has bitsandbytes' layers, and the merged model has unpacked weights."""
+    config = run_config(llama_folder(**WIDE), **changes)
+    check_three_ways(trained(alone, config), config, alone, tmp_path)
+
+
+@pytest.mark.parametrize("method", ["LoRA, embedding and head too", "DoRA"])
 def test_the_merged_weights_are_bit_for_bit_those_that_peft_merges(
-    tiny: Path, run_config: Configure, alone: World, tmp_path: Path
+    method: str, tiny: Path, run_config: Configure, alone: World, tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    config = run_config(tiny)
+    config = run_config(tiny, **METHODS[method])
     model = trained(alone, config)
     export_adapter(model, config, tmp_path / "adapter", alone)
     export_model(model, tiny, tmp_path / "merged", alone)
@@ -133,6 +162,24 @@ def test_the_adapters_config_says_what_peft_needs(
     assert (read.peft_type, read.task_type, read.base_model_name_or_path) == ("LORA", "CAUSAL_LM", str(tiny))
     assert (read.r, read.lora_alpha, read.lora_dropout, read.target_modules) == (3, 7.5, 0.1, {"q_proj", "up_proj"})
     assert (read.bias, read.use_dora, read.use_rslora) == ("none", False, False)
+
+
+@pytest.mark.parametrize("method", ["DoRA", "LoRA, embedding and head too"])
+def test_names_and_shapes_are_those_that_peft_writes(
+    method: str, tiny: Path, run_config: Configure, alone: World, tmp_path: Path
+) -> None:
+    from peft import PeftModel, get_peft_model_state_dict
+    from transformers import AutoModelForCausalLM
+
+    config = run_config(tiny, **METHODS[method])
+    export_adapter(trained(alone, config), config, tmp_path / "adapter", alone)
+    ours = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    base = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+    read = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert read.peft_config["default"].use_dora == config.has_magnitude
+    theirs = get_peft_model_state_dict(read, save_embedding_layers=False)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 def test_an_exported_model_is_whole_and_brings_its_tokenizer(
@@ -196,11 +243,11 @@ def export_all(world: World, config: RunConfig, folder: Path, limit: int) -> Non
     assert (folder / "model").is_dir()  # on every rank: none returns before the folder is there
 
 
-@pytest.mark.parametrize("method", ["LoRA", "Full"])
+@pytest.mark.parametrize("method", ["LoRA", "QDoRA", "Full"])
 def test_two_ranks_write_the_bytes_of_one(
-    method: str, tiny: Path, run_config: Configure, spawn: Spawn, alone: World, tmp_path: Path
+    method: str, llama_folder: Callable[..., Path], run_config: Configure, spawn: Spawn, alone: World, tmp_path: Path
 ) -> None:
-    config = run_config(tiny, method=method)
+    config = run_config(llama_folder(**WIDE), method=method)
     export_all(alone, config, tmp_path / "one", shards.MAX_SHARD)
     spawn(2, export_all, config, tmp_path / "two", shards.MAX_SHARD)
     files = [file.relative_to(tmp_path / "one") for file in (tmp_path / "one").rglob("*.*")]

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kubetune_contract.config import AdapterConfig
@@ -33,16 +34,16 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 """fp32: the same products, added in another order; some 1e-6 relative."""
 
 
-def adapted(folder: Path, adapter: AdapterConfig, seed: int = 0) -> Llama:
+def adapted(folder: Path, adapter: AdapterConfig, seed: int = 0, *, magnitude: bool = False) -> Llama:
     reader = WeightReader(folder)
     model = Llama(reader.config())
     load_weights(model, reader)
-    add_lora(model, adapter)
+    add_lora(model, adapter, magnitude=magnitude)
     init_adapter(model, seed)
     return model
 
 
-def their_peft(folder: Path, adapter: AdapterConfig) -> Any:
+def their_peft(folder: Path, adapter: AdapterConfig, *, magnitude: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -50,7 +51,9 @@ def their_peft(folder: Path, adapter: AdapterConfig) -> Any:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         target_modules=list(adapter.target_modules),
+        lora_dropout=adapter.dropout,
         task_type="CAUSAL_LM",
+        use_dora=magnitude,
     )
     return get_peft_model(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), settings)
 
@@ -59,13 +62,14 @@ def copy_random_adapter(model: Llama, oracle: Any) -> dict[str, nn.Parameter]:
     """Gives both the same adapter, B not zero; returns peft's parameters under our names."""
     generator = torch.Generator().manual_seed(5)
     by_name = {
-        name.removeprefix("base_model.model.").replace(".default", ""): parameter
+        name.removeprefix("base_model.model.").replace(".default", "").replace("vector.weight", "vector"): parameter
         for name, parameter in oracle.named_parameters()
         if parameter.requires_grad
     }
     with torch.no_grad():
         for name, parameter in trainable(model).items():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            noise = 0.1 * torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(parameter + noise if name.endswith("magnitude_vector") else noise)
             by_name[name].copy_(parameter)
     return by_name
 
@@ -74,19 +78,53 @@ def words(*shape: int) -> Tensor:
     return torch.randint(97, shape, generator=torch.Generator().manual_seed(7))
 
 
+@pytest.mark.parametrize("magnitude", [False, True], ids=["LoRA", "DoRA"])
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS.keys())
-def test_outputs_and_gradients_equal_peft(targets: list[Any], tiny: Path) -> None:
-    adapter = AdapterConfig(rank=4, alpha=12, target_modules=targets)
-    model, oracle = adapted(tiny, adapter), their_peft(tiny, adapter)
+def test_outputs_and_gradients_equal_peft(targets: list[Any], magnitude: bool, tiny: Path) -> None:
+    compare(AdapterConfig(rank=4, alpha=12, target_modules=targets), magnitude, tiny)
+
+
+OUTSIDE = {
+    "the embedding": ["embed_tokens"],
+    "the head": ["lm_head"],
+    "everything": ["embed_tokens", "q_proj", "down_proj", "lm_head"],
+}
+
+
+@pytest.mark.parametrize("targets", OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_embedding_and_head_equal_peft(targets: list[Any], tiny: Path) -> None:
+    compare(AdapterConfig(rank=4, alpha=12, target_modules=targets), False, tiny)
+
+
+def compare(adapter: AdapterConfig, magnitude: bool, folder: Path) -> None:
+    """Logits, loss and the gradients of both are those of peft."""
+    model, oracle = (build(folder, adapter, magnitude=magnitude) for build in (adapted, their_peft))
     theirs = copy_random_adapter(model, oracle)
-    assert theirs.keys() == trainable(model).keys()
-    ids = words(2, 30)
+    ours = trainable(model)
+    assert theirs.keys() == ours.keys()
+    ids, labels = words(2, 30), words(2, 30)
     logits, expected = model(ids), oracle(ids).logits
     torch.testing.assert_close(logits, expected, **CLOSE)
-    logits.square().mean().backward()
-    expected.square().mean().backward()
-    for name, parameter in trainable(model).items():
-        torch.testing.assert_close(parameter.grad, theirs[name].grad, msg=name, **CLOSE)
+    sums = model(ids, labels), F.cross_entropy(expected.flatten(0, 1), labels.flatten(), reduction="sum")
+    torch.testing.assert_close(*sums, rtol=1e-5, atol=0)
+    pairs = [(logits.square().mean(), expected.square().mean()), [one / labels.numel() for one in sums]]
+    for one, other in pairs:
+        found = torch.autograd.grad(one, list(ours.values()))
+        wanted = torch.autograd.grad(other, [theirs[name] for name in ours], retain_graph=True)
+        for name, mine, their in zip(ours, found, wanted, strict=True):
+            torch.testing.assert_close(mine, their, msg=lambda text, name=name: f"{name}: {text}", **CLOSE)
+
+
+def test_dropout_with_magnitudes_is_that_of_peft(tiny: Path) -> None:
+    """The change of magnitude acts on what dropout has left. Both draw the same numbers, one layer in each block."""
+    adapter = AdapterConfig(rank=4, alpha=12, dropout=0.3, target_modules=["q_proj"])
+    model, oracle = adapted(tiny, adapter, magnitude=True).train(), their_peft(tiny, adapter, magnitude=True).train()
+    copy_random_adapter(model, oracle)
+    ids = words(1, 30)
+    torch.manual_seed(1)
+    found = model(ids)
+    torch.manual_seed(1)
+    torch.testing.assert_close(found, oracle(ids).logits, **CLOSE)
 
 
 def test_nothing_but_the_adapter_is_trained(tiny: Path) -> None:
@@ -103,8 +141,9 @@ def test_the_base_keeps_its_names(tiny: Path) -> None:
     assert {name for name, _ in model.named_parameters()} - trainable(model).keys() == set(reader.names())
 
 
-def test_a_fresh_adapter_changes_nothing(tiny: Path) -> None:
-    model = adapted(tiny, AdapterConfig(rank=2))
+@pytest.mark.parametrize("magnitude", [False, True], ids=["LoRA", "DoRA"])
+def test_a_fresh_adapter_changes_nothing(magnitude: bool, tiny: Path) -> None:
+    model = adapted(tiny, AdapterConfig(rank=2), magnitude=magnitude)
     with torch.no_grad():
         fresh = model(words(2, 9))
         with adapter_disabled(model):
@@ -198,6 +237,17 @@ def test_a_target_that_the_model_lacks_is_refused() -> None:
     assert caught.value.problems == (
         "adapter.target_modules: the model has no layer v_proj: remove it",
         "adapter.target_modules: the model has no layer up_proj: remove it",
+    )
+
+
+def test_an_embedding_that_is_the_head_too_can_have_no_adapter(llama_folder: Callable[..., Path]) -> None:
+    model = Llama(WeightReader(llama_folder(tie_word_embeddings=True)).config())
+    with pytest.raises(ConfigError) as caught:
+        add_lora(model, AdapterConfig(target_modules=["q_proj", "lm_head", "embed_tokens"]))
+    assert caught.value.problems == tuple(
+        "adapter.target_modules: this model's head is its embedding (tie_word_embeddings), "
+        f"so {name} can have no adapter of its own: remove {name}"
+        for name in ("lm_head", "embed_tokens")
     )
 
 

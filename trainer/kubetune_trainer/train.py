@@ -37,6 +37,7 @@ from kubetune_trainer.formats import Question
 from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.loop import Run, SavedError, StopFlag, train, validate
+from kubetune_trainer.model import Llama
 from kubetune_trainer.optim import effective_warmup, make_optimizer
 from kubetune_trainer.parallel import build, choose_precision
 from kubetune_trainer.peft import trainable
@@ -355,21 +356,22 @@ def _plan_text(config: RunConfig, world: World, inputs: Inputs, sampler: Sampler
 
 def _model_text(
     config: RunConfig,
-    model: torch.nn.Module,
+    model: Llama,
     params: dict[str, torch.nn.Parameter],
     precision: str,
     choice: tuple[torch.dtype, str],
 ) -> str:
-    everything = sum(param.numel() for param in model.parameters())
     trained = sum(param.numel() for param in params.values())
     lora, (dtype, why) = config.lora, choice
+    # Not counted in the model: a packed parameter holds two weights in an element.
+    everything = model.config.parameters + (trained if lora else 0)
     how = (
         f"{config.method}, rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.target_modules)}"
         if lora
         else "Full"
     )
     return (
-        f"method      {config.method}{how}\n"
+        f"method      {how}\n"
         f"trainable   {trained:,} of {everything:,} parameters ({100 * trained / everything:.1f} %)\n"
         f"precision   {why if _PRECISIONS[dtype] == precision else f'{precision}, as at the first start (here {why})'}"
     )

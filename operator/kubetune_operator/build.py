@@ -236,6 +236,7 @@ def _trainer(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
         "args": ["launch", "--config", f"{paths.CONFIG_MOUNT}/{paths.RUN_CONFIG_FILE}"],
         "env": [
             *_scratch_variables(),
+            {"name": paths.CACHE_ENV, "value": f"{paths.OUTPUT_MOUNT}/{paths.CACHE_DIR}"},
             *_rendezvous(job, attempt),
             *_threads(job),
             *_progress_url(job, attempt, settings),

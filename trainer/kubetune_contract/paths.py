@@ -26,6 +26,11 @@ PROGRESS_URL_ENV: Final = "KUBETUNE_PROGRESS_URL"
 """Where rank 0 posts ProgressReport documents; unset outside a cluster."""
 PROGRESS_PATH: Final = "/v1/progress/{namespace}/{name}/{attempt}"
 
+CACHE_ENV: Final = "KUBETUNE_CACHE"
+"""Folder of tokenized data; where it is unset, the trainer looks for one."""
+CACHE_DIR: Final = ".tokens"
+"""That folder on the output claim, shared by all jobs: a restarted worker and the next run find their tokens there."""
+
 COMPLETE_FILE: Final = ".complete"
 """The staging manifest, written last beside the staged files."""
 

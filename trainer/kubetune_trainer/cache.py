@@ -12,13 +12,13 @@ from typing import Final
 
 from kubetune_contract.dataset import DatasetOptions, RowOptions
 from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_contract.paths import CACHE_ENV
 from kubetune_trainer.formats import TEMPLATES, Formatter
 from kubetune_trainer.locks import locked
 from kubetune_trainer.sources import Origin
 from kubetune_trainer.tokenizer import Tokenizer
 from kubetune_trainer.tokens import META_FILE, Tokenized, write_tokenized
 
-CACHE_VARIABLE: Final = "KUBETUNE_CACHE"
 _LAYOUT: Final = 1
 """Goes up whenever the same rows become other tokens, or tokens other files."""
 
@@ -31,7 +31,7 @@ class CacheError(JobError):
 
 def cache_folder(output: Path) -> Path:
     """$KUBETUNE_CACHE; else ~/.cache/kubetune/tokens, which all runs of a user share; else a folder in the output."""
-    if named := os.environ.get(CACHE_VARIABLE):
+    if named := os.environ.get(CACHE_ENV):
         return Path(named)
     base = os.environ.get("XDG_CACHE_HOME")
     home = (Path(base) if base else Path.home() / ".cache") / "kubetune" / "tokens"
@@ -99,7 +99,7 @@ def _told(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise CacheError(
             f"{error.filename or folder.parent} cannot be written: {error.strerror}; tokenized data need 5 bytes a "
-            f"token: set {CACHE_VARIABLE} to a folder with rights and space"
+            f"token: set {CACHE_ENV} to a folder with rights and space"
         ) from error
 
 

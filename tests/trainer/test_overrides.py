@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.trainer.conftest import Started
+from tests.trainer.conftest import Started, write_llama
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.presets import config_names, preset_text, resolve
@@ -136,6 +136,20 @@ def test_a_recipe_has_no_code_to_show(command: list[str], capsys: pytest.Capture
     assert capsys.readouterr().err.splitlines()[1:] == [
         "  lora_finetune_distributed is a recipe: a name without code of its own; `tune ls` shows its configurations"
     ]
+
+
+# --- preview ---
+
+
+def test_preview_shows_the_first_rows_and_what_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_llama(tmp_path / "m")
+    (tmp_path / "d.jsonl").write_text(
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n' * 3
+    )
+    words = [f"model.path={tmp_path / 'm'}", f"dataset.path={tmp_path / 'd.jsonl'}"]
+    assert cli.main(["preview", "--config", "demo/smollm2_lora", *words, "--rows", "2"]) == 0
+    told = capsys.readouterr().out
+    assert told.count("carry the loss\nu:a</s>\u27e6a:b</s>\u27e7") == 2
 
 
 # --- torchrun's options ---

@@ -89,6 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
     check.set_defaults(run=_validate)
 
+    preview = commands.add_parser("preview", help="show the first rows as the model sees them, and what is learnt")
+    preview.add_argument("--config", required=True, help="a name from `tune ls` or a YAML file")
+    preview.add_argument("--rows", type=int, default=1, metavar="N", help="rows of each dataset (1)")
+    preview.add_argument("overrides", nargs="*", metavar="KEY=VALUE")
+    preview.set_defaults(run=_preview)
+
     _add_run(commands)
     _add_manifest(commands)
     for module in _OTHERS:
@@ -211,16 +217,28 @@ def _world_problems(recipe: Recipe, nodes: launch.Nodes) -> list[str]:
     return nodes.problems()
 
 
+def _preview(options: argparse.Namespace) -> int:
+    from kubetune_trainer import preview
+
+    config = _without_output(select(options.config, options.overrides))
+    print(preview.show(config, options.rows, sys.stdout.isatty()))
+    return ExitCode.DONE
+
+
 def _manifest(options: argparse.Namespace) -> int:
     selection = select(options.config, options.overrides)
     name = options.name or job_name(selection.shipped or Path(options.config).name)
     placement = Placement(name, options.models_claim, options.output_claim, options.nodes, options.gpus_per_node)
+    print(manifest(_without_output(selection), selection.shipped, placement), end="")
+    return ExitCode.DONE
+
+
+def _without_output(selection: Selection) -> RunConfig:
+    """A training run that is looked at, but writes nothing here."""
     if task := _task_of(selection):
         raise ConfigError([f"--config: {selection.shipped} is a configuration of {task.name}, not of a training run"])
     values, problems = migration.take_out(selection.values)
-    config = recipes.configure({"output_dir": "-"} | values, None, problems)
-    print(manifest(config, selection.shipped, placement), end="")
-    return ExitCode.DONE
+    return recipes.configure({"output_dir": "-"} | values, None, problems)
 
 
 # --- tasks ------------------------------------------------------------------------------------------------------------

@@ -23,13 +23,14 @@ LARGE = 1_000_000
 
 
 class HubServer(ThreadingHTTPServer):
-    """Serves the files of one folder as REPO at revision `main`, `v1` and COMMIT."""
+    """Serves the files of one folder as `repo` at revision `main`, `v1` and COMMIT."""
 
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
+        self.repo = REPO
         self.gated = False
         """Files need TOKEN; what the repository is called and holds does not."""
         self.private = False
@@ -92,7 +93,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(401, "RepoNotFound")
         elif info := re.fullmatch(r"/api/(?:models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
             self._tell(*info.groups())
-        elif file := re.fullmatch(rf"/(?:datasets/)?{REPO}/resolve/{COMMIT}/(.+)", path):
+        elif file := re.fullmatch(rf"/(?:datasets/)?{self.server.repo}/resolve/{COMMIT}/(.+)", path):
             self._send_file(file[1])
         else:
             self._refuse(404, "RepoNotFound")
@@ -100,13 +101,13 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def _tell(self, repo: str, what: str, revision: str) -> None:
-        if repo != REPO:
+        if repo != self.server.repo:
             self._refuse(404, "RepoNotFound")
         elif revision not in ("main", "v1", COMMIT):
             self._refuse(404, "RevisionNotFound")
         elif what == "revision":
             siblings = [{"rfilename": entry["path"], "blobId": entry["oid"]} | entry for entry in self._entries()]
-            self._send_json({"id": REPO, "sha": COMMIT, "siblings": siblings})
+            self._send_json({"id": self.server.repo, "sha": COMMIT, "siblings": siblings})
         else:
             self._send_json(self._entries())
 

@@ -35,13 +35,14 @@ demo-clean: .venv/kubetune.stamp ## Remove what the demo made from the cluster; 
 	@$(WITH_CLUSTER) $(PYTHON) examples/demo/run.py --clean
 
 .PHONY: lint
-lint: .venv/kubetune.stamp ## Check format, types, who imports whom, and that the CRD is generated
+lint: .venv/kubetune.stamp ## Check format, types, who imports whom, and that generated files are up to date
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
 	.venv/bin/mypy
 	MYPYPATH=tests/cluster .venv/bin/mypy $(filter-out tests/cluster/test_%,$(wildcard tests/cluster/*.py))
 	.venv/bin/lint-imports
 	$(PYTHON) -m kubetune_operator.crd --check
+	$(PYTHON) -m kubetune_trainer.reference --check
 
 .PHONY: test
 test: ## Run everything: lint, then unit, integration and end-to-end tests
@@ -64,8 +65,9 @@ test-e2e: ## Run the tests that need a node and the images
 	@$(WITH_CLUSTER) $(PYTEST) tests/e2e $(ARGS)
 
 .PHONY: generate
-generate: .venv/kubetune.stamp ## Write the generated files (crds/)
+generate: .venv/kubetune.stamp ## Write the generated files (crds/, docs/)
 	$(PYTHON) -m kubetune_operator.crd
+	$(PYTHON) -m kubetune_trainer.reference
 
 .PHONY: cluster-up
 cluster-up: ## Start the embedded cluster, or repair it

@@ -211,10 +211,11 @@ def test_ls_lists_each_recipe_with_its_configurations(capsys: pytest.CaptureFixt
     for line in capsys.readouterr().out.splitlines()[1:]:
         recipe = line[:32].strip() or recipe
         listed.setdefault(recipe, []).append(line[32:])
-    assert list(listed) == list(cli.RECIPES)
+    assert list(listed) == [*cli.RECIPES, *cli.TASKS]
     assert {"demo/smollm2_lora", "llama3/8B_qlora_single_device"} <= set(listed["lora_finetune_single_device"])
     assert {"demo/smollm2_lora", "llama3/70B_lora"} <= set(listed["lora_finetune_distributed"])
-    assert all(name in preset_names() for names in listed.values() for name in names if name != "-")
+    assert all(name in preset_names() for recipe in cli.RECIPES for name in listed[recipe] if name != "-")
+    assert listed["generate"] == ["generation"]
     assert not any(name.endswith("_single_device") for name in listed["lora_finetune_distributed"])
 
 

@@ -1,19 +1,74 @@
-"""Greedy text generation, to see what a model has learnt. Serving is done elsewhere."""
+"""Text generation, to see what a model has learnt. Serving is done elsewhere."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from kubetune_trainer.distributed import World, all_sum, broadcast_object
 from kubetune_trainer.model import KeyValueCache, Llama
 
+Choose = Callable[[Tensor], int]
+"""The next token, from the logits [V] of all tokens."""
+
+
+class Sampling(NamedTuple):
+    """What is drawn from. The steps follow each other as in transformers."""
+
+    temperature: float
+    """Logits are divided by it; 0: the most probable token."""
+    top_k: int | None = None
+    """So many of the most probable tokens stay."""
+    top_p: float | None = None
+    """The most probable tokens stay that together reach this probability (Holtzman et al. 2020)."""
+
+
+def greedy(logits: Tensor) -> int:
+    """The most probable token."""
+    return int(logits.argmax())
+
+
+def sampler(sampling: Sampling, seed: int, device: torch.device) -> Choose:
+    """Draws tokens; the same seed draws the same from the same logits."""
+    if sampling.temperature == 0:
+        return greedy
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def draw(logits: Tensor) -> int:
+        probabilities = filter_logits(logits, sampling).softmax(dim=-1)
+        return int(torch.multinomial(probabilities, 1, generator=generator))
+
+    return draw
+
+
+def filter_logits(logits: Tensor, sampling: Sampling) -> Tensor:
+    """float32 logits [V] at the temperature, -inf for every token that cannot be drawn."""
+    logits = logits.float() / sampling.temperature
+    if sampling.top_k is not None:
+        least = logits.topk(min(sampling.top_k, len(logits))).values[-1]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if sampling.top_p is not None and sampling.top_p < 1:
+        ascending, order = logits.sort()
+        superfluous = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - sampling.top_p
+        superfluous[-1] = False  # the most probable token stays whatever its probability
+        logits = logits.index_fill(0, order[superfluous], -torch.inf)
+    return logits
+
 
 def generate(
-    model: Llama, tokens: list[int], max_new_tokens: int, stop_ids: Collection[int], world: World
+    model: Llama,
+    tokens: list[int],
+    max_new_tokens: int,
+    stop_ids: Collection[int],
+    world: World,
+    *,
+    choose: Choose = greedy,
+    is_done: Callable[[list[int]], bool] | None = None,
 ) -> list[int]:
-    """The most probable continuation of `tokens`, without its stop token; at most `max_new_tokens` long.
+    """A continuation of `tokens` without its stop token: `max_new_tokens` long at most, shorter if it `is_done`.
 
     All ranks must call it alike. Each follows rank 0's choice, so that a tie cannot set them apart.
     """
@@ -21,25 +76,19 @@ def generate(
     model.eval()
     try:
         with torch.no_grad(), gathered(model, world):
-            return _continue(model, tokens, max_new_tokens, stop_ids, world)
+            cache = KeyValueCache(len(tokens) + max_new_tokens)
+            answer: list[int] = []
+            fresh = tokens
+            while len(answer) < max_new_tokens and not (is_done and is_done(answer)):
+                logits = model(torch.tensor([fresh], device=world.device), cache=cache)
+                token = broadcast_object(world, choose(logits[0, -1]))
+                if token in stop_ids:
+                    break
+                answer.append(token)
+                fresh = [token]
+            return answer
     finally:
         model.train(training)
-
-
-def _continue(
-    model: Llama, tokens: list[int], max_new_tokens: int, stop_ids: Collection[int], world: World
-) -> list[int]:
-    cache = KeyValueCache(len(tokens) + max_new_tokens)
-    answer: list[int] = []
-    fresh = tokens
-    while len(answer) < max_new_tokens:
-        logits = model(torch.tensor([fresh], device=world.device), cache=cache)
-        token = broadcast_object(world, int(logits[0, -1].argmax()))
-        if token in stop_ids:
-            break
-        answer.append(token)
-        fresh = [token]
-    return answer
 
 
 @contextmanager

@@ -166,10 +166,11 @@ def load_packed(model: nn.Module, reader: WeightReader, world: World) -> None:
     """Fill every packed layer from the reader's folder: each process packs its own rows, on its device. Collective."""
     for path, layer in model.named_modules():
         if packed(layer) is not None:
-            _fill(layer, f"{path}.weight", reader, world)
+            fill(layer, f"{path}.weight", reader, world)
 
 
-def _fill(layer: Any, name: str, reader: WeightReader, world: World) -> None:
+def fill(layer: Any, name: str, reader: WeightReader, world: World) -> None:
+    """Pack the weight `name` into a layer: each process its own rows, on its device. Collective."""
     weight, start = local_rows(layer.weight)
     rows = reader.slice(name, start, start + len(weight)).to(world.device, layer.dtype)
     absmax = rows.new_empty((len(rows), rows.shape[1] // BLOCK), dtype=torch.float32)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
 from kubetune_contract.base import ContractModel
+from kubetune_trainer.task_config import EvaluationConfig, GenerationConfig, MergeConfig, QuantizeConfig
 
 
 class Task(NamedTuple):
@@ -19,4 +20,36 @@ class Task(NamedTuple):
     """The shipped configurations that go with it (kubetune_contract.presets.config_names)."""
 
 
-TASKS: Final[dict[str, Task]] = {}
+def _generate(config: GenerationConfig) -> int:
+    from kubetune_trainer import answer
+
+    return answer.run(config)
+
+
+def _evaluate(config: EvaluationConfig) -> int:
+    from kubetune_trainer import evaluate
+
+    return evaluate.run(config)
+
+
+def _quantize(config: QuantizeConfig) -> int:
+    from kubetune_trainer import convert
+
+    return convert.quantize(config)
+
+
+def _merge(config: MergeConfig) -> int:
+    from kubetune_trainer import convert
+
+    return convert.merge(config)
+
+
+TASKS: Final[dict[str, Task]] = {
+    task.name: task
+    for task in (
+        Task("generate", GenerationConfig, _generate, ("generation",)),
+        Task("evaluate", EvaluationConfig, _evaluate, ("evaluation",)),
+        Task("quantize", QuantizeConfig, _quantize, ("quantization",)),
+        Task("merge", MergeConfig, _merge, ("merge",)),
+    )
+}

@@ -71,6 +71,12 @@ class Tokenizer:
         """Whether conversations can be rendered."""
         return self._template is not None
 
+    @property
+    def start_id(self) -> int:
+        """What stands before the first word of a text without context: begin of sequence, or else end of sequence."""
+        start: int = self._backend.token_to_id(self._special_tokens.get("bos_token") or self.end)
+        return start
+
     @classmethod
     def from_folder(cls, folder: Path, now: datetime | None = None) -> "Tokenizer":
         """Reads the model's folder. `now` is the date for templates that write one: a resumed run gives its first.
@@ -94,6 +100,10 @@ class Tokenizer:
         """The ids of a text."""
         ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text without chat format, after what the model expects before it."""
+        return self.encode(text if text.startswith(self.begin) else self.begin + text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[Any]:
         """The texts as `tokenizers.Encoding`: ids and, in characters, offsets."""

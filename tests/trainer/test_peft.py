@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kubetune_contract.config import AdapterConfig
 from kubetune_contract.errors import ConfigError
+from kubetune_trainer import peft
 from kubetune_trainer.hub import WeightReader, load_weights
 from kubetune_trainer.model import Llama
 from kubetune_trainer.peft import (
@@ -238,6 +239,22 @@ def test_a_target_that_the_model_lacks_is_refused() -> None:
         "adapter.target_modules: the model has no layer v_proj: remove it",
         "adapter.target_modules: the model has no layer up_proj: remove it",
     )
+
+
+def test_an_answering_model_computes_its_norms_once(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, norms = [], peft._row_norms
+    monkeypatch.setattr(peft, "_row_norms", lambda *inputs: calls.append(0) or norms(*inputs))
+    model = adapted(tiny, AdapterConfig(rank=2, target_modules=["q_proj"]), magnitude=True).eval()
+    calls.clear()
+    with torch.no_grad():
+        first = model(words(1, 5))
+        assert torch.equal(model(words(1, 5)), first)
+        assert len(calls) == 2  # two blocks
+        for _, layer in lora_layers(model.train().eval()):
+            layer.lora_magnitude_vector.mul_(2)
+        assert not torch.allclose(model(words(1, 5)), first)
+    model(words(1, 5)).sum().backward()
+    assert all(layer.lora_magnitude_vector.grad is not None for _, layer in lora_layers(model.train()))
 
 
 def test_an_embedding_that_is_the_head_too_can_have_no_adapter(llama_folder: Callable[..., Path]) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +40,12 @@ class LoRALinear(nn.Module):
         self.lora_A = nn.Linear(base.in_features, adapter.rank, bias=False, **place)
         self.lora_B = nn.Linear(adapter.rank, base.out_features, bias=False, **place)
         self.lora_magnitude_vector = nn.Parameter(torch.empty(base.out_features, **place)) if magnitude else None
+        self._known_strength: Tensor | None = None
+
+    def train(self, mode: bool = True) -> Self:
+        """As of any module; weights may have changed since."""
+        self._known_strength = None
+        return super().train(mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -70,11 +76,20 @@ class LoRALinear(nn.Module):
         return [frozen, (inner, self.lora_B.weight.to(hidden.dtype))]
 
     def _strength(self, dtype: torch.dtype) -> Tensor:
-        """What each output is multiplied by, [out]. The norm counts as constant (section 4.3 of the paper)."""
+        """What each output is multiplied by, [out]. The norm counts as constant (section 4.3 of the paper).
+
+        It costs as much as `rank` tokens, so a model that only answers computes it once.
+        """
+        answering = not (self.training or torch.is_grad_enabled())
+        if answering and self._known_strength is not None:
+            return self._known_strength
         assert self.lora_magnitude_vector is not None
         with torch.no_grad():
             norms = _row_norms(dense(self), self.lora_A.weight, self.lora_B.weight, self.scale)
-        return (self.lora_magnitude_vector / norms).to(dtype)
+        strength = (self.lora_magnitude_vector / norms).to(dtype)
+        if answering:
+            self._known_strength = strength
+        return strength
 
     def reset(self, generator: torch.Generator) -> None:
         """A uniform as nn.Linear draws it (and so peft), B zero, the magnitude that of W. Collective."""

@@ -77,6 +77,7 @@ def _make(folder: Path, origin: Origin, formatter: Formatter, tokenizer: Tokeniz
     """Writes under another name; the rename makes it complete."""
     partial = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
     try:
+        partial.chmod(0o755)  # others may read what mkdtemp keeps private
         write_tokenized(partial, origin.source(), formatter, tokenizer, cut)
         try:
             partial.rename(folder)

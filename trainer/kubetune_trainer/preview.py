@@ -63,8 +63,8 @@ def _marked(
     (encoding,) = tokenizer.encode_batch([side.text])
     cut = options.max_sequence_length
     _, carries = cut_document(encoding, side.spans, turn_ends_of(formatter, tokenizer), cut)
-    head = f"{len(encoding)} tokens, {np.count_nonzero(carries)} of them carry the loss"
-    if len(encoding) > cut:
+    head = f"{len(encoding.ids)} tokens, {np.count_nonzero(carries)} of them carry the loss"
+    if len(encoding.ids) > cut:
         head += f", cut after {cut} (dataset.max_sequence_length)"
     return f"{head}\n{_insert_marks(side.text, encoding, carries.tolist(), cut, marks)}"
 
@@ -73,7 +73,7 @@ def _insert_marks(text: str, encoding: Any, carries: list[bool], cut: int, marks
     """The text with `marks` around its runs of tokens that carry the loss, and a sign where it is cut."""
     starts = [start for start, _ in encoding.offsets] + [len(text)]
     pieces, last, inside = [], 0, False
-    for position in range(len(encoding) + 1):
+    for position in range(len(encoding.ids) + 1):
         learnt = position < len(carries) and carries[position]
         if learnt != inside or position == cut:
             pieces.append(text[last : starts[position]])
@@ -81,6 +81,6 @@ def _insert_marks(text: str, encoding: Any, carries: list[bool], cut: int, marks
         if learnt != inside:
             pieces.append(marks[inside])
             inside = learnt
-        if position == cut and cut < len(encoding):
+        if position == cut and cut < len(encoding.ids):
             pieces.append(_CUT)
     return "".join([*pieces, text[last:]])

@@ -162,7 +162,7 @@ class _Writer:
 
     def add(self, row: tuple[int, int], sides: Sequence[tuple[Any, list[tuple[int, int]]]]) -> None:
         """A row's documents, unless one of them has nothing that carries the loss."""
-        counts, longest = self._counts, max(len(encoding) for encoding, _ in sides)
+        counts, longest = self._counts, max(len(encoding.ids) for encoding, _ in sides)
         counts.longest = max(counts.longest, longest)
         counts.truncated += longest > self._cut
         counts.answers |= all(spans for _, spans in sides)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubetune_contract.dataset import DatasetConfig, ValidationConfig
@@ -147,6 +147,7 @@ ANSWERS = st.text(min_size=1, max_size=12).filter(lambda text: not text[0].isspa
 """White space at the start may merge with the line break before it into one token, which is then half the prompt's."""
 
 
+@settings(deadline=None, max_examples=50)  # each example waits for the disk
 @given(turns=st.lists(st.tuples(st.text(max_size=12), ANSWERS), min_size=1, max_size=3))
 def test_any_text_is_masked_as_if_its_answers_were_tokenized_apart(
     turns: list[tuple[str, str]], tokenizer: Tokenizer

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kubetune_trainer import rows
@@ -78,6 +78,7 @@ JSON_VALUES = st.recursive(
 )
 
 
+@settings(deadline=None)  # files
 @given(
     values=st.lists(st.dictionaries(st.text(max_size=4), JSON_VALUES, max_size=3), max_size=4), ascii_only=st.booleans()
 )

@@ -19,8 +19,16 @@ ROWS = [
 # Where things lie, and a run that is short. Nothing else differs from the documented command.
 HERE = ["training.max_steps=2", "training.gradient_accumulation_steps=1", "dataset.max_sequence_length=400"]
 
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}  # whole blocks of 64 for NF4
+
 COMMANDS = {
     "LoRA": ("run lora_finetune_single_device --config llama3/8B_lora_single_device", [], "adapter"),
+    "QLoRA": ("run lora_finetune_single_device --config llama3/8B_qlora_single_device", [], "adapter"),
+    "full fine-tuning": (
+        "run full_finetune_single_device --config llama3/8B_full_single_device",
+        ["training.optimizer=AdamW"],  # the 8-bit optimizers run on GPUs only
+        "model",
+    ),
     "LoRA on two processes, by a path of torchtune's": (
         "run --nproc_per_node 2 lora_finetune_distributed --config recipes/configs/llama3/70B_lora.yaml",
         [],
@@ -46,7 +54,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory):
 @pytest.mark.parametrize("case", COMMANDS)
 def test_a_documented_command_trains(case: str, hub: HubServer, tmp_path: Path) -> None:
     line, changes, result = COMMANDS[case]
-    model = write_llama(tmp_path / "Meta-Llama-3-8B-Instruct")
+    model = write_llama(tmp_path / "Meta-Llama-3-8B-Instruct", **SIZES)
     where = [f"model.path={model}", f"output_dir={tmp_path / 'out'}"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     environment |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": os.pathsep.join(sys.path)}

@@ -24,7 +24,7 @@ from kubetune_trainer.tasks import TASKS, Task
 
 _OTHERS: Final = (download, estimation)
 """Modules with a subcommand of their own: add_parser(commands) sets `run`, from the options to the exit code."""
-_SECRETS: Final = re.compile(r"\bhf_[A-Za-z0-9]{4,}")
+_SECRETS: Final = re.compile(r"\bhf_[A-Za-z0-9]{16,}")
 """Access tokens of the Hugging Face Hub."""
 
 

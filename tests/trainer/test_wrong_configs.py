@@ -218,6 +218,21 @@ MISMATCHED: dict[str, tuple[str, list[str], str]] = {
         f"method: lora_dpo_distributed trains with {ADAPTERS}, but the configuration says Full: "
         "use full_finetune_distributed, or set method=LoRA",
     ),
+    "a training recipe, a task's configuration": (
+        "lora_finetune_single_device",
+        ["generation"],
+        "--config: generation is a configuration of generate: run that recipe",
+    ),
+    "a task, a training run's configuration": (
+        "generate",
+        ["llama3/8B_lora"],
+        "--config: this is a configuration of a training run; generate goes with generation",
+    ),
+    "a task, another's configuration": (
+        "quantize",
+        ["merge"],
+        "--config: this is a configuration of merge; quantize goes with quantization",
+    ),
     "a slip": (
         "lora_finetune_singel_device",
         ["llama3/8B_lora"],

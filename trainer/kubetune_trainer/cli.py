@@ -13,7 +13,7 @@ from kubetune_contract.base import ContractModel
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError, validated
 from kubetune_contract.exit_codes import ExitCode, JobError
-from kubetune_contract.presets import preset_text
+from kubetune_contract.presets import config_names, preset_text
 from kubetune_trainer import download, estimation, launch, migration, recipes, torchrun
 from kubetune_trainer.advice import warnings
 from kubetune_trainer.manifest import Placement, job_name, manifest
@@ -158,7 +158,7 @@ def _cat(options: argparse.Namespace) -> int:
 
 
 def _text(name: str) -> str:
-    if name in RECIPES or name in TASKS:
+    if name in {*RECIPES, *TASKS} - {*config_names()}:
         raise ConfigError([f"{name} is a recipe: a name without code of its own; `tune ls` shows its configurations"])
     return preset_text(known_config(name))
 
@@ -191,7 +191,7 @@ def _run(options: argparse.Namespace) -> int:
         return _run_task(TASKS[name], selection, nodes)
     recipe = RECIPES[name]
     if task := _task_of(selection):
-        raise ConfigError([f"--config: {selection.shipped} is a configuration of {task.name}: run that recipe"])
+        raise ConfigError([f"--config: {options.config} is a configuration of {task.name}: run that recipe"])
     values, problems = migration.take_out(selection.values)
     config = recipes.configure(values, recipe, [*_world_problems(recipe, nodes), *problems])
     check_files(config)
@@ -236,7 +236,7 @@ def _manifest(options: argparse.Namespace) -> int:
 def _without_output(selection: Selection) -> RunConfig:
     """A training run that is looked at, but writes nothing here."""
     if task := _task_of(selection):
-        raise ConfigError([f"--config: {selection.shipped} is a configuration of {task.name}, not of a training run"])
+        raise ConfigError([f"--config: this is a configuration of {task.name}, not of a training run"])
     values, problems = migration.take_out(selection.values)
     return recipes.configure({"output_dir": "-"} | values, None, problems)
 
@@ -245,8 +245,13 @@ def _without_output(selection: Selection) -> RunConfig:
 
 
 def _task_of(selection: Selection) -> Task | None:
-    """The task whose configuration this is."""
-    return next((task for task in TASKS.values() if selection.shipped in task.configs), None)
+    """The task whose configuration this is; of a user's file, the one that knows all of its keys."""
+    if selection.shipped:
+        return next((task for task in TASKS.values() if selection.shipped in task.configs), None)
+    keys = {*selection.values}
+    if keys <= {*RunConfig.model_fields}:
+        return None
+    return next((task for task in TASKS.values() if keys <= {*task.model.model_fields}), None)
 
 
 def _configure_task(task: Task, selection: Selection) -> ContractModel:
@@ -256,4 +261,7 @@ def _configure_task(task: Task, selection: Selection) -> ContractModel:
 def _run_task(task: Task, selection: Selection, nodes: launch.Nodes) -> int:
     if nodes.world_size > 1:
         raise ConfigError([f"{task.name} runs one process: leave out the number of processes"])
+    if "method" in selection.values or (selection.shipped and selection.shipped not in task.configs):
+        other = other.name if (other := _task_of(selection)) else "a training run"
+        raise ConfigError([f"--config: this is a configuration of {other}; {task.name} goes with {task.configs[0]}"])
     return task.run(_configure_task(task, selection))

@@ -14,6 +14,7 @@ from kubetune_trainer import cli
 from kubetune_trainer.download import choose_files, without_token
 
 from .hub_server import COMMIT, REPO, TOKEN, HubServer, redirect, serve
+from .meta_folder import write_meta
 
 CASES = pytest.mark.parametrize
 
@@ -190,6 +191,16 @@ def test_what_cannot_be_trained_is_downloaded_and_told(
     assert cli.main(["download", REPO, "--output-dir", str(tmp_path / "out")]) == 0
     output = capsys.readouterr().out
     assert f"the files are in {tmp_path / 'out'}. They cannot be trained as they are: config.json: the arch" in output
+
+
+def test_metas_own_files_come_where_there_are_no_others(
+    hub: HubServer, tmp_path: Path, llama_folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    hub.folder, hub.gated = tmp_path / "meta", False
+    write_meta(llama_folder(vocab_size=96), hub.folder / "original", shards=2)
+    assert cli.main(["download", REPO, "--output-dir", str(tmp_path / "out")]) == 0
+    assert names(tmp_path / "out") == {f"original/{file.name}" for file in (hub.folder / "original").iterdir()}
+    assert "is ready: 44,784 parameters" in capsys.readouterr().out
 
 
 META = ["original/consolidated.00.pth", "original/params.json", "original/tokenizer.model"]

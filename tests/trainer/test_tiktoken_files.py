@@ -160,9 +160,23 @@ def test_fingerprints_tell_vocabularies_apart(merged: tuple[bytes, ...], ours: T
 
 
 @pytest.mark.parametrize("letter", ["a", " ", "\n", "é", "1"])
-def test_long_runs_of_one_letter_are_taken(letter: str, ours: Tokenizer) -> None:
-    text = letter * 200_000
-    assert ours.decode(ours.encode(text)) == text
+def test_very_long_runs_of_one_letter_are_taken(letter: str, ours: Tokenizer) -> None:
+    """tiktoken's regex gives up on a million spaces."""
+    text = "start " + letter * 1_000_000 + " end"
+    (encoding,) = ours.encode_batch([text])
+    assert ours.decode(encoding.ids) == text
+    assert encoding.offsets[-1][1] == len(text)
+
+
+def test_a_run_of_letters_is_cut_at_25000_as_in_metas_code(ours: Tokenizer) -> None:
+    part, whole = ours.encode("b" * 25_000), ours.encode("b" * 60_000)
+    assert whole == part + part + ours.encode("b" * 10_000)
+
+
+def test_half_a_character_becomes_the_replacement_character(ours: Tokenizer) -> None:
+    (encoding,) = ours.encode_batch(["é\ud800x"])
+    assert encoding == ours.encode_batch(["é\ufffdx"])[0]
+    assert ours.decode(encoding.ids) == "é\ufffdx"
 
 
 DAMAGE: dict[str, tuple[bytes, str]] = {

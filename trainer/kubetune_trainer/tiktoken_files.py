@@ -6,11 +6,12 @@ Importing this module imports neither torch nor tiktoken.
 import base64
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import sha256
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -53,6 +54,9 @@ _NAMED: Final = {
 }
 _SPECIAL: Final = 256
 
+_LONGEST_RUN: Final = 25_000
+_RUN: Final = re.compile(r"\s+|\S+")
+
 
 class Encoding(NamedTuple):
     """What `tokenizers.Encoding` has of a text."""
@@ -93,8 +97,12 @@ class TiktokenBackend:
     def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = False) -> list[Encoding]:
         """The same for many."""
         assert not add_special_tokens, "the chat format writes them"
+        texts = [_without_surrogates(text) for text in texts]
+        pieces = [_split_runs(text) for text in texts]
+        flat = [piece for some in pieces for piece in some]
         threads = len(os.sched_getaffinity(0))
-        batches = self._encoding.encode_batch(list(texts), num_threads=threads, allowed_special="all")
+        parts = iter(self._encoding.encode_batch(flat, num_threads=threads, allowed_special="all"))
+        batches = [[one for _ in some for one in next(parts)] for some in pieces]
         return [Encoding(ids, self._offsets(text, ids)) for text, ids in zip(texts, batches, strict=True)]
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
@@ -119,9 +127,29 @@ class TiktokenBackend:
         starts = [0, *ends][:-1]
         if text.isascii():
             return list(zip(starts, ends, strict=True))
-        # For each byte, the character that it belongs to.
-        characters = [number for number, letter in enumerate(text) for _ in letter.encode(errors="replace")]
-        return [(characters[start], characters[end - 1] + 1) for start, end in zip(starts, ends, strict=True)]
+        import numpy as np
+
+        content = np.frombuffer(text.encode(), dtype=np.uint8)
+        characters = np.cumsum(content & 0xC0 != 0x80) - 1  # for each byte, the character that it belongs to
+        firsts, lasts = characters[starts].tolist(), characters[np.array(ends) - 1] + 1
+        return list(zip(firsts, lasts.tolist(), strict=True))
+
+
+def _split_runs(text: str) -> list[str]:
+    """The text, cut where white space or its absence lasts very long, as in Meta's code: tiktoken's regex gives up."""
+    if len(text) <= _LONGEST_RUN:
+        return [text]
+    cuts = [cut for run in _RUN.finditer(text) for cut in range(run.start() + _LONGEST_RUN, run.end(), _LONGEST_RUN)]
+    return [text[start:stop] for start, stop in pairwise([0, *cuts, len(text)])]
+
+
+def _without_surrogates(text: str) -> str:
+    """JSON may hold halves of characters, which are no text: each becomes U+FFFD, as in tiktoken."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
 def find_tiktoken(folder: Path) -> Path | None:

@@ -8,11 +8,15 @@ import pytest
 import torch
 from tests.trainer.conftest import ALL_LINEAR
 from tests.trainer.test_parallel import CLOSE, batch, step
+from torch.distributed.checkpoint import FileSystemReader
 
 from kubetune_contract.config import RunConfig
+from kubetune_contract.presets import merge
+from kubetune_trainer import train
 from kubetune_trainer.distributed import World
 from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader
+from kubetune_trainer.loop import SavedError, StopFlag
 from kubetune_trainer.parallel import build
 from kubetune_trainer.peft import adapter_disabled, trainable
 
@@ -95,3 +99,42 @@ def test_a_magnitude_is_exact_beside_a_bf16_base(
     alike = [logits_in_bf16(alone, config), *spawn(2, logits_in_bf16, config)]
     assert alike[0][0].dtype == torch.bfloat16
     assert all(torch.equal(one, alike[0][1]) for pair in alike for one in pair)
+
+
+class StopAfter(StopFlag):
+    """As if SIGTERM came in a step, counted from 1."""
+
+    def __init__(self, step: int) -> None:
+        self._left = step
+
+    @property
+    def requested(self) -> bool:  # type: ignore[override]
+        self._left -= 1
+        return self._left == 0
+
+
+@pytest.mark.parametrize("method", ["DoRA", "QLoRA", "QDoRA"])
+def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(
+    method: str, training_run: RunConfig, llama_folder: Callable[..., Path], alone: World
+) -> None:
+    """With dropout; the frozen weights are packed again at each start and are in no checkpoint."""
+    changes = {
+        "method": method,
+        "model": {"path": str(llama_folder(**WIDE))},
+        "training": {"max_steps": 6},
+        "validation": None,
+        "checkpoint": {"every_steps": 100},
+    }
+    config = RunConfig.model_validate(merge(training_run.model_dump(), changes))
+    train.run(config, alone, StopFlag())
+    stopped = config.model_copy(update={"output_dir": f"{config.output_dir}-stopped"})
+    for taken in (2, 3):
+        with pytest.raises(SavedError):
+            train.run(stopped, alone, StopAfter(taken))
+    train.run(stopped, alone, StopFlag())
+    one, other = (Path(run.output_dir, "adapter", "adapter_model.safetensors") for run in (config, stopped))
+    assert one.read_bytes() == other.read_bytes()
+    (newest, *_) = sorted(Path(stopped.output_dir, "checkpoints").iterdir(), reverse=True)
+    stored = FileSystemReader(newest).read_metadata().state_dict_metadata
+    assert stored
+    assert all(".lora_" in name for name in stored)

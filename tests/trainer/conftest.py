@@ -241,8 +241,10 @@ def _spawn() -> Callable[..., list[Any]]:
     return spawn
 
 
-def spawn(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+def spawn(size: int, function: Callable[..., Any], *arguments: Any, per_node: int | None = None) -> list[Any]:
     """`function(world, *arguments)` on `size` gloo ranks at once; returns their results, rank 0's first.
+
+    The ranks believe that they are on nodes with `per_node` of them; without it, on one.
 
     `function` must stand at the top of a test module; arguments and results are pickled. If a rank raises, the others
     are ended, and its traceback is this call's AssertionError.
@@ -252,7 +254,7 @@ def spawn(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]
     pipes, processes = [], []
     for rank in range(size):
         mine, theirs = context.Pipe(duplex=False)
-        environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+        environment = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": per_node or size}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         process = context.Process(target=_rank, args=(theirs, environment, function, arguments))
         process.start()
@@ -307,7 +309,7 @@ def _rank(pipe: Any, environment: dict[str, Any], function: Callable[..., Any], 
         world = distributed.start()
         torch.set_num_threads(1)
         outcome = (None, function(world, *arguments))
-        distributed.stop(world)
+        distributed.stop()
     except BaseException:  # noqa: BLE001 - whatever it is, the test must see it
         outcome = (traceback.format_exc(), None)
     pipe.send_bytes(pickle.dumps(outcome))

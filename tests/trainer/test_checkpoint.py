@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import threading
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -17,17 +18,12 @@ from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import checkpoint
 from kubetune_trainer.checkpoint import (
     Checkpointer,
-    OtherRunError,
-    OutputError,
+    WorldSizeError,
     as_output_error,
-    claim,
-    differences,
-    digest_files,
     is_complete,
     status_of,
-    write_file,
 )
-from kubetune_trainer.distributed import World, full_tensor
+from kubetune_trainer.distributed import World, full_tensor, local_rows
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.model import Llama
 from kubetune_trainer.optim import make_optimizer
@@ -186,6 +182,102 @@ def test_every_rank_gets_its_own_random_state_back(config: RunConfig, spawn: Cal
     assert [again for _, _, again in spawn(2, _load, config)] == drawn
 
 
+# --- while training goes on ---
+
+
+def _save_meanwhile(world: World, config: RunConfig) -> dict[str, torch.Tensor]:
+    """Saves step 2, changes everything while it is written, and leaves."""
+    trained = make(config, world, steps=2)
+    expected = contents(trained, world)
+    with Checkpointer(Path(config.output_dir), 2, world, asynchronous=True) as saver:
+        saver.save(2, trained.model, trained.optimizer)
+        with torch.no_grad():
+            for param in trainable(trained.model).values():
+                param.add_(1)
+                for value in trained.optimizer.state[param].values():
+                    value.add_(1)
+        full_tensor(param, world)  # collectives of the training meet those of the save
+    return expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_checkpoint_written_meanwhile_has_the_bits_of_its_step(
+    ranks: int, config: RunConfig, spawn: Callable[..., list[Any]]
+) -> None:
+    expected = spawn(ranks, _save_meanwhile, config)[0]
+    loaded, note, _ = spawn(ranks, _load, config)[0]
+    assert_same(loaded, expected)
+    assert note is None
+
+
+def test_a_save_in_flight_is_finished_before_the_next_and_its_error_is_told(
+    config: RunConfig, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = make(config, alone, steps=1)
+    saver = Checkpointer(Path(config.output_dir), 2, alone, asynchronous=True)
+    slow, written = threading.Event(), []
+    write = Checkpointer._write
+
+    def late(self: Checkpointer, *arguments: Any) -> None:
+        slow.wait(20)
+        write(self, *arguments)
+        written.append(arguments[-1]["step"])
+
+    monkeypatch.setattr(Checkpointer, "_write", late)
+    saver.save(1, trained.model, trained.optimizer)
+    assert saver.newest is None
+    assert not any(map(is_complete, Path(config.output_dir, "checkpoints").iterdir())), "complete or absent"
+    threading.Timer(0.05, slow.set).start()
+    saver.finish()
+    assert written == [1]
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Checkpointer, "_write", refuse)
+    saver.save(2, trained.model, trained.optimizer)
+    with pytest.raises(OSError, match="No space left"):
+        saver.save(3, trained.model, trained.optimizer)
+
+
+# --- eight bits ---
+
+
+def _save_eight_bits(world: World, config: RunConfig) -> dict[str, torch.Tensor]:
+    trained = make(config, world, steps=2)
+    Checkpointer(Path(config.output_dir), 2, world).save(2, trained.model, trained.optimizer)
+    return rows_and_state(trained)
+
+
+def _load_eight_bits(world: World, config: RunConfig) -> dict[str, torch.Tensor]:
+    fresh = make(config, world)
+    loader = Checkpointer(Path(config.output_dir), 2, world)
+    loader.load(Path(config.output_dir, "checkpoints", "step-00000002"), fresh.model, fresh.optimizer)
+    return rows_and_state(fresh)
+
+
+def rows_and_state(trained: Trained) -> dict[str, torch.Tensor]:
+    """Everything that this process stores."""
+    found = {}
+    for name, param in trainable(trained.model).items():
+        found[name] = local_rows(param)[0].clone()
+        state = trained.optimizer.state[param]
+        found |= {f"{name}.{key}": torch.as_tensor(value).clone() for key, value in state.items()}
+    return found
+
+
+def test_the_state_of_eight_bits_comes_back_to_the_same_number_of_ranks_only(
+    full_config: RunConfig, alone: World, spawn: Callable[..., list[Any]]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    training = full_config.training.model_copy(update={"optimizer": "AdamW8bit"})
+    config = full_config.model_copy(update={"training": training})
+    for saved, loaded in zip(spawn(2, _save_eight_bits, config), spawn(2, _load_eight_bits, config), strict=True):
+        assert_same(loaded, saved)
+    with pytest.raises(WorldSizeError, match=r"was saved by 2 processes.*start 2 processes, or remove that checkpoint"):
+        _load_eight_bits(alone, config)
+
+
 # --- complete or absent ---
 
 
@@ -273,89 +365,3 @@ def test_the_cause_comes_out_of_torchs_checkpoint_exception() -> None:
     cause = OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(OSError, match="No space left"), checkpoint._plain_failures():
         raise CheckpointException("write", {1: (cause, traceback.StackSummary())})
-
-
-# --- one folder, one run ---
-
-RUN = {"method": "LoRA", "training": {"seed": 1, "epochs": 2}}
-OTHER = {"method": "LoRA", "training": {"seed": 2, "epochs": 3}}
-
-
-def finish(folder: Path) -> None:
-    write_file(folder / "result.json", b"{}")
-
-
-def complete_checkpoint(folder: Path) -> None:
-    path = folder / "checkpoints" / "step-00000001"
-    path.mkdir(parents=True)
-    (path / "manifest.json").write_text(json.dumps({"step": 1, "world_size": 1, "files": {}}))
-
-
-def test_the_first_start_fixes_values_for_all_later_ones(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "out"
-    assert claim(folder, RUN, lambda: {"started": "monday"}) == {"started": "monday"}
-    complete_checkpoint(folder)
-    assert claim(folder, RUN, lambda: {"started": "tuesday"}) == {"started": "monday"}
-
-
-@pytest.mark.parametrize("reach", [finish, complete_checkpoint])
-def test_a_folder_with_results_of_other_settings_is_refused(reach: Callable[[Path], None], tmp_path: Path) -> None:
-    claim(tmp_path, RUN, lambda: {})
-    reach(tmp_path)
-    with pytest.raises(OtherRunError) as caught:
-        claim(tmp_path, OTHER, lambda: {})
-    assert caught.value.exit_code == ExitCode.INVALID_CONFIG
-    assert str(caught.value) == (
-        f"{tmp_path} belongs to a run with other settings: training.epochs was 2, now 3; training.seed was 1, now 2. "
-        "Choose another output_dir, take the settings back, or remove that folder"
-    )
-
-
-def test_a_folder_in_which_nothing_was_reached_is_taken_over(tmp_path: Path) -> None:
-    claim(tmp_path, RUN, lambda: {"started": "monday"})
-    for name in ("metrics.jsonl", "samples.json"):
-        (tmp_path / name).write_text("of the other run")
-    assert claim(tmp_path, OTHER, lambda: {"started": "tuesday"}) == {"started": "tuesday"}
-    assert not (tmp_path / "metrics.jsonl").exists()
-    assert not (tmp_path / "samples.json").exists()
-
-
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(OutputError, match="file/out cannot be written: Not a directory"):
-        claim(tmp_path / "file" / "out", RUN, lambda: {})
-
-
-DIFFERENCES: dict[str, tuple[Any, Any, list[str]]] = {
-    "none": ({"a": {"b": [1]}}, {"a": {"b": [1]}}, []),
-    "a leaf": ({"a": {"b": 1}}, {"a": {"b": 2}}, ["a.b was 1, now 2"]),
-    "a list as a whole": ({"a": [1, 2]}, {"a": [2]}, ["a was [1, 2], now [2]"]),
-    "a key that is new": ({}, {"a": 1}, ["a was None, now 1"]),
-    "a group that is gone": ({"a": {"b": 1}}, {"a": None}, ["a was {'b': 1}, now None"]),
-}
-
-
-@pytest.mark.parametrize("case", DIFFERENCES)
-def test_differences(case: str) -> None:
-    old, new, expected = DIFFERENCES[case]
-    assert differences(old, new) == expected
-
-
-def test_a_digest_tells_models_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "_DIGEST_EDGE", 4)
-    (tmp_path / "a").write_bytes(b"head-middle-tail")
-    (tmp_path / "b").write_bytes(b"b")
-    first = digest_files(tmp_path, ["a", "b"])
-    assert digest_files(tmp_path, ["b", "a"]) == first
-    seen = {first}
-    for content in (b"Head-middle-tail", b"head-middle-taiL", b"head-middle--tail", b""):
-        (tmp_path / "a").write_bytes(content)
-        seen.add(digest_files(tmp_path, ["a", "b"]))
-    assert len(seen) == 5
-
-
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
-    write_file(tmp_path / "x", b"one")
-    write_file(tmp_path / "x", b"two")
-    assert (tmp_path / "x").read_bytes() == b"two"
-    assert [path.name for path in tmp_path.iterdir()] == ["x"]

@@ -13,7 +13,7 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.presets import merge
 from kubetune_trainer import train
 from kubetune_trainer.cache import cache_folder
-from kubetune_trainer.checkpoint import OtherRunError
+from kubetune_trainer.claim import OtherRunError
 from kubetune_trainer.data import Dataset, load_data
 from kubetune_trainer.distributed import World
 from kubetune_trainer.hub import WeightReader

@@ -1,5 +1,7 @@
 """One step's arithmetic: the mean over the global batch however it is cut, refusals, stopping, validation."""
 
+import gzip
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from kubetune_contract.config import RunConfig
+from kubetune_contract.config import CheckpointConfig, ProfilerConfig, RunConfig
+from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import loop
 from kubetune_trainer.cache import cache_folder
@@ -22,6 +25,7 @@ from kubetune_trainer.model import IGNORE
 from kubetune_trainer.optim import make_optimizer
 from kubetune_trainer.parallel import build
 from kubetune_trainer.peft import trainable
+from kubetune_trainer.profiler import Profiler
 from kubetune_trainer.report import Reporter, read_metrics
 from kubetune_trainer.sampling import Sampler
 from kubetune_trainer.tokenizer import Tokenizer
@@ -48,8 +52,9 @@ def make_run(config: RunConfig, world: World, total: int = 10, **changes: Any) -
         model=model,
         params=params,
         optimizer=make_optimizer(params, training),
-        checkpoints=Checkpointer(folder, config.checkpoint.keep, world),
+        checkpoints=Checkpointer(folder, config.checkpoint.keep, world, keep_best=config.checkpoint.keep_best),
         reporter=Reporter(folder, world, total, sampler.steps_per_epoch),
+        profiler=Profiler(config.profiler, folder, world),
         stop=StopFlag(),
         total=total,
     )
@@ -171,12 +176,22 @@ def test_a_loss_that_is_no_number_ends_the_run_and_leaves_the_weights(config: Ru
     before = [param.clone() for param in run.params]
     run.reporter.begin(0)
     with pytest.raises(
-        NonFiniteLossError, match=r"step 1 has loss nan and gradient norm nan.*lower training\.learning_rate"
+        NonFiniteLossError,
+        match=r"step 1 has loss nan and gradient norm nan.*damaged rows among \S*train\.jsonl:\d+, \S*train\.jsonl:\d+",
     ) as caught:
         loop.train_step(run, 0)
     assert caught.value.exit_code == ExitCode.NON_FINITE_LOSS
     assert all(torch.equal(param, old) for param, old in zip(run.params, before, strict=True))
     assert metrics(run) == []
+
+
+def test_the_micro_batch_without_a_finite_loss_is_named(config: RunConfig, alone: World) -> None:
+    run = make_run(config, alone)
+    fine, bad = torch.tensor([0.5]), torch.tensor([float("inf")])
+    file = config.dataset.path
+    assert loop._suspects(run, [[1, 2], [9, 4]], [fine, bad]) == f" among {file}:5, {file}:10"
+    assert loop._suspects(run, [[1, 0], [4]], [fine, fine]) == f" among {file}:1, {file}:2, {file}:5"
+    assert loop._suspects(run, [list(range(20))], [fine]).endswith(f", {file}:8 and 12 more")
 
 
 # --- stopping ---
@@ -214,6 +229,73 @@ def test_sigterm_sets_the_flag() -> None:
         assert flag.requested
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+# --- checkpoints and profile ---
+
+
+def saved(run: Run) -> list[int]:
+    names = [path.name for path in (run.reporter.folder / "checkpoints").iterdir()]
+    return sorted(int(name.removeprefix("step-")) for name in names)
+
+
+def with_checkpoints(config: RunConfig, **options: Any) -> RunConfig:
+    assert config.validation is not None
+    return config.model_copy(
+        update={
+            "checkpoint": CheckpointConfig(**options),
+            "validation": config.validation.model_copy(update={"every_steps": 2}),
+            "dataset": config.dataset.model_copy(update={"shuffle": False}),
+        }
+    )
+
+
+def test_an_epochs_end_is_saved_too(config: RunConfig, alone: World) -> None:
+    run = make_run(with_checkpoints(config, every_steps=5, every_epoch=True, keep=9), alone, total=13)
+    loop.train(run, 0)
+    assert run.sampler.steps_per_epoch == 12
+    assert saved(run) == [5, 10, 12, 13]
+
+
+def test_the_best_checkpoint_is_saved_when_it_is_measured_and_stays(
+    config: RunConfig, alone: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = iter([4.0, 2.0, 3.0, 2.5])
+    monkeypatch.setattr(loop, "mean_loss", lambda run, data: next(losses))
+    run = make_run(with_checkpoints(config, every_steps=3, keep=1, keep_best=True), alone, total=8)
+    loop.train(run, 0)
+    assert saved(run) == [4, 8]
+    path, loss = run.checkpoints.best() or (Path(), 0.0)
+    assert (path.name, loss) == ("step-00000004", 2.0)
+
+
+def test_a_loss_that_is_measured_after_a_restart_counts(config: RunConfig, alone: World) -> None:
+    run = make_run(with_checkpoints(config, every_steps=9, keep=1, keep_best=True), alone, total=4)
+    run.stop.requested = True
+    with pytest.raises(SavedError):
+        loop.train(run, 1)
+    assert run.checkpoints.best() is None
+    run.stop.requested = False
+    loop.train(run, 2)
+    measured = {line["step"]: line["validation_loss"] for line in metrics(run) if "validation_loss" in line}
+    assert measured.keys() == {2, 4}
+    _, best = run.checkpoints.best() or (Path(), 0.0)
+    assert best == min(measured.values())
+
+
+def test_the_window_is_profiled(config: RunConfig, alone: World) -> None:
+    run = make_run(config.model_copy(update={"profiler": ProfilerConfig(start_step=2, steps=2)}), alone, total=4)
+    loop.train(run, 0)
+    folder = run.reporter.folder / "profile"
+    assert sorted(path.name for path in folder.iterdir()) == ["steps-2-3-rank-0.json.gz", "steps-2-3-rank-0.txt"]
+    trace = json.loads(gzip.decompress((folder / "steps-2-3-rank-0.json.gz").read_bytes()))
+    assert any(event.get("name") == "aten::mm" for event in trace["traceEvents"])
+
+
+def test_in_the_backward_pass_more_than_one_forward_pass_is_refused(config: RunConfig, alone: World) -> None:
+    changed = with_training(config, optimizer_in_backward=True, max_gradient_norm=0)
+    with pytest.raises(ConfigError, match="needs one forward pass per step, but this step takes 2"):
+        loop.train_step(make_run(changed, alone), 0)
 
 
 # --- validation ---

@@ -159,24 +159,12 @@ def test_a_batch_without_labels_costs_nothing_and_has_a_graph(tiny: Path) -> Non
     assert model.model.layers[0].self_attn.q_proj.weight.grad is not None
 
 
-def test_checkpointed_blocks_give_the_same_gradients(tiny: Path) -> None:
-    ids = words(97, 2, 20)
-    plain, saving = ours(tiny), ours(tiny)
-    saving.checkpoint_blocks = True
-    for model in (plain, saving):
-        model(ids, shifted(ids)).backward()
-    for one, other in zip(plain.parameters(), saving.parameters(), strict=True):
-        assert torch.equal(one.grad, other.grad)
-
-
 # --- ragged rows ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["kept activations", "checkpointing"])
-def test_documents_of_one_row_do_not_see_each_other(full: bool, tiny: Path) -> None:
+def test_documents_of_one_row_do_not_see_each_other(tiny: Path) -> None:
     """Loss and all gradients are those of each document alone, up to the order of sums."""
     model, lengths = ours(tiny), [5, 1, 17, 9]
-    model.checkpoint_blocks = full
     ids, labels = words(97, 1, 32), words(97, 1, 32)
     labels[0, 3:7] = IGNORE
     together = model(ids, labels, lengths=lengths)

@@ -8,7 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetune_contract.config import TrainingConfig
-from kubetune_trainer.optim import effective_warmup, learning_rate, make_optimizer, set_learning_rate
+from kubetune_contract.errors import ConfigError
+from kubetune_trainer.optim import (
+    InBackward,
+    check_optimizer,
+    effective_warmup,
+    learning_rate,
+    make_optimizer,
+    set_learning_rate,
+)
 
 
 def rates(total: int, **options: Any) -> list[float]:
@@ -97,3 +105,90 @@ def test_one_step_follows_the_paper() -> None:
     torch.testing.assert_close(
         param.detach(), torch.tensor([2 * (1 - 0.025) - 0.25, -3 * (1 - 0.025) + 0.25]), rtol=1e-6, atol=0
     )
+
+
+# --- eight bits ---
+
+
+def run_steps(training: TrainingConfig, steps: int = 3) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    params = [torch.nn.Parameter(torch.linspace(-1, 1, 8192).view(64, 128)), torch.nn.Parameter(torch.ones(7))]
+    optimizer = make_optimizer(params, training)
+    for step in range(steps):
+        set_learning_rate(optimizer, 0.01)
+        sum(((param * (step + 1)) ** 2).sum() for param in params).backward()  # type: ignore[union-attr]
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(param.grad is None for param in params)
+    return [param.detach() for param in params], optimizer
+
+
+def test_eight_bit_state_follows_adamw_and_takes_a_quarter() -> None:
+    """bitsandbytes runs on a CPU too, slowly: the run refuses it there, the arithmetic can be tested."""
+    pytest.importorskip("bitsandbytes")
+    plain, _ = run_steps(TrainingConfig(weight_decay=0.1))
+    found, optimizer = run_steps(TrainingConfig(weight_decay=0.1, optimizer="AdamW8bit"))
+    for one, other in zip(found, plain, strict=True):
+        # A step is at most the rate, 0.01; the state's 8 bits leave some per cent of three of them.
+        torch.testing.assert_close(one, other, rtol=0, atol=3e-3)
+    large, small = optimizer.state.values()
+    assert large["state1"].dtype == torch.uint8
+    assert small["state1"].dtype == torch.float32
+    assert large["step"] == 3
+
+
+REFUSED = {
+    "on a CPU": ("cpu", True, "training.optimizer AdamW8bit runs on GPUs only, and this is a cpu: set it to AdamW"),
+    "without the package": ("cuda", False, "needs the package bitsandbytes: install kubetune"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_eight_bits_that_cannot_be_are_refused(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    device, installed, words = REFUSED[case]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if installed else None)
+    check_optimizer(TrainingConfig(), torch.device(device))
+    with pytest.raises(ConfigError, match=words):
+        check_optimizer(TrainingConfig(optimizer="AdamW8bit"), torch.device(device))
+
+
+# --- in the backward pass ---
+
+IN_BACKWARD = {"optimizer_in_backward": True, "gradient_accumulation_steps": 1, "max_gradient_norm": 0}
+
+
+def train_chain(**options: Any) -> tuple[list[torch.Tensor], int, list[float]]:
+    """Five layers, three steps. Returns the weights, the most gradients held at once, and the gradients' norms."""
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(6, 6) for _ in range(5)]
+    model = torch.nn.Sequential(*layers)
+    params = list(model.parameters())
+    optimizer = make_optimizer(params, TrainingConfig(**({"max_gradient_norm": 0} | options)))
+    most, norms = 0, []
+
+    def count(*_: Any) -> None:
+        nonlocal most
+        most = max(most, sum(param.grad is not None for param in params))
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(count)
+    for _ in range(3):
+        set_learning_rate(optimizer, 0.01)
+        model(torch.ones(2, 6)).square().sum().backward()
+        held = [param.grad for param in params if param.grad is not None]
+        norms.append(
+            optimizer.take_norm() if isinstance(optimizer, InBackward) else torch.nn.utils.get_total_norm(held).item()
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+    return [param.detach() for param in params], most, norms
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "AdamW8bit"])
+def test_updates_in_the_backward_pass_are_the_same_and_hold_no_gradient(optimizer: str) -> None:
+    if optimizer != "AdamW":
+        pytest.importorskip("bitsandbytes")
+    expected, at_once, norms = train_chain(optimizer=optimizer)
+    found, never, found_norms = train_chain(optimizer=optimizer, **IN_BACKWARD)
+    assert (at_once, never) == (10, 0)
+    assert found_norms == pytest.approx(norms, rel=1e-6)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

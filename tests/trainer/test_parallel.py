@@ -10,15 +10,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kubetune_contract.config import RunConfig
+from kubetune_contract.errors import ConfigError
+from kubetune_trainer.checkpoint import Checkpointer
 from kubetune_trainer.distributed import World, full_tensor, local_rows
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.model import IGNORE
-from kubetune_trainer.parallel import _cpu_flags, build, choose_precision, clip_gradients
+from kubetune_trainer.optim import make_optimizer, set_learning_rate
+from kubetune_trainer.parallel import (
+    _cpu_flags,
+    build,
+    check_compiler,
+    choose_precision,
+    clip_gradients,
+    make_mesh,
+    notes,
+)
 from kubetune_trainer.peft import lora_layers, trainable
 
 Spawn = Callable[..., list[Any]]
 Configure = Callable[..., RunConfig]
 
+CPU = torch.device("cpu")
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 """The project's bar for more processes: only the order of the sum over rows differs."""
 
@@ -112,6 +124,133 @@ def test_five_ranks_hold_every_row_once(tiny: Path, run_config: Configure, spawn
     assert ranks[4]["rows"]["model.layers.0.mlp.up_proj.lora_A.weight"] == (4, 4)
 
 
+def hybrid_step(world: World, config: RunConfig) -> dict[str, Any]:
+    """As step(), with a checkpoint there and back and which ranks hold which rows."""
+    found = step(world, config)
+    model = build(config, WeightReader(config.model.path), world)
+    rows = {name: local_rows(parameter) for name, parameter in trainable(model).items()}
+    found["rows"] = {name: (first, first + len(local)) for name, (local, first) in rows.items()}
+    optimizer = make_optimizer(trainable(model).values(), config.training)
+    ids, labels = batch()
+    model(ids, labels).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    found["trained"] = gathered(world, trainable(model))
+    saver = Checkpointer(Path(config.output_dir), 2, world)
+    path = Path(config.output_dir) / saver.save(1, model, optimizer).path
+    fresh = build(config, WeightReader(config.model.path), world)
+    saver.load(path, fresh, make_optimizer(trainable(fresh).values(), config.training))
+    found["loaded"] = gathered(world, trainable(fresh))
+    return found
+
+
+@pytest.mark.parametrize("method", ["LoRA", "Full"])
+def test_hybrid_sharding_is_inside_nodes_and_changes_nothing(
+    method: str, tiny: Path, tmp_path: Path, run_config: Configure, spawn: Spawn, alone: World
+) -> None:
+    """Four ranks on two nodes: gradients are added up over all four, rows are dealt out in each node."""
+    training = {"precision": "FP32", "sharding": "Hybrid"}
+    config = run_config(tiny, method=method, training=training, output_dir=str(tmp_path / "out"))
+    expected = step(alone, config)
+    ranks = spawn(4, hybrid_step, config, per_node=2)
+    for name, gradient in expected["gradients"].items():
+        torch.testing.assert_close(ranks[0]["gradients"][name], gradient, msg=name, **CLOSE)
+    for name, weight in expected["weights"].items():
+        assert torch.equal(ranks[0]["weights"][name], weight), name
+    assert sum(rank["loss"] for rank in ranks) == pytest.approx(expected["loss"], rel=1e-5)
+    assert {tuple(rank["norms"]) for rank in ranks} == {tuple(ranks[0]["norms"])}
+    assert ranks[0]["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+    assert ranks[0]["rows"] == ranks[2]["rows"] != ranks[1]["rows"] == ranks[3]["rows"]
+    for name, weight in ranks[0]["trained"].items():
+        assert torch.equal(ranks[0]["loaded"][name], weight), name
+
+
+def test_hybrid_sharding_needs_nodes_of_equal_size(run_config: Configure) -> None:
+    training = run_config(Path("m"), training={"sharding": "Hybrid"}).training
+    world = World(0, 3, 0, torch.device("cpu"), local_size=2)
+    with pytest.raises(ConfigError, match="3 processes are no multiple of the 2 on this node: set it to Full"):
+        make_mesh(world, training)
+
+
+NOTES = {
+    "offloading on the CPU": (
+        {"cpu_offload": True},
+        2,
+        ["training.cpu_offload changes nothing: this run is on the CPU already"],
+    ),
+    "copies on one node": (
+        {"sharding": "Hybrid"},
+        2,
+        ["training.sharding Hybrid is the same as Full: there is only one node"],
+    ),
+    "copies on two nodes": ({"sharding": "Hybrid"}, 1, []),
+    "nothing special": ({}, 2, []),
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_options_that_change_nothing_are_told(case: str, run_config: Configure) -> None:
+    training, local_size, expected = NOTES[case]
+    config = run_config(Path("m"), training=training)
+    assert notes(config, World(0, 2, 0, CPU, local_size)) == expected
+
+
+def test_a_missing_compiler_is_told_before_anything_is_loaded(
+    run_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    check_compiler(run_config(Path("m")).training)
+    with pytest.raises(ConfigError, match="needs the compiler no-such-compiler"):
+        check_compiler(run_config(Path("m"), training={"compile": True}).training)
+
+
+# --- master weights ---
+
+
+def master_step(world: World, config: RunConfig) -> dict[str, Any]:
+    """Two steps of full fine-tuning: number formats, and how far a weight has moved by updates below bf16's steps."""
+    model = build(config, WeightReader(config.model.path), world)
+    optimizer = make_optimizer(trainable(model).values(), config.training)
+    before = gathered(world, trainable(model))
+    ids, labels = batch()
+    losses = []
+    for _ in range(2):
+        set_learning_rate(optimizer, 1e-6)
+        loss = model(ids, labels)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    after = gathered(world, trainable(model))
+    moved = {name: not torch.equal(weight, after[name]) for name, weight in before.items() if weight is not None}
+    return {
+        "stored": {str(param.dtype) for param in model.parameters()},
+        "products": str(model(ids).dtype),
+        "exported": str(model.dtype),
+        "moved": moved,
+        "losses": losses,
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_master_weights_keep_small_updates_that_bf16_loses(
+    ranks: int, tiny: Path, run_config: Configure, spawn: Spawn
+) -> None:
+    """A single process uses FSDP's mixed precision too, so that there is one way for all."""
+    outcome = {}
+    for kept in ("FP32", "BF16"):
+        training = {"precision": "BF16", "master_weights": kept, "weight_decay": 0}
+        config = run_config(tiny, method="Full", training=training)
+        outcome[kept] = spawn(ranks, master_step, config)[0]
+        assert outcome[kept]["products"] == outcome[kept]["exported"] == "torch.bfloat16"
+    assert outcome["FP32"]["stored"] == {"torch.float32"}
+    assert outcome["BF16"]["stored"] == {"torch.bfloat16"}
+    assert all(outcome["FP32"]["moved"].values())
+    norms = "input_layernorm.weight"  # near 1, where the next bf16 number is 8e-3 away
+    assert not any(moved for name, moved in outcome["BF16"]["moved"].items() if norms in name)
+    assert outcome["FP32"]["losses"][0] == outcome["BF16"]["losses"][0]
+
+
 def frozen_state(world: World, config: RunConfig) -> dict[str, Any]:
     model = build(config, WeightReader(config.model.path), world)
     return {
@@ -142,7 +281,6 @@ def test_full_fine_tuning_trains_every_weight(tiny: Path, run_config: Configure,
     model = build(run_config(tiny, method="Full"), WeightReader(tiny), alone)
     assert trainable(model).keys() == set(WeightReader(tiny).names())
     assert model.training
-    assert not model.checkpoint_blocks
 
 
 def test_the_adapter_does_not_touch_torchs_random_state(tiny: Path, run_config: Configure, alone: World) -> None:
@@ -176,7 +314,6 @@ def test_clipping_ignores_what_has_no_gradient() -> None:
 
 # --- precision --------------------------------------------------------------------------------------------------------
 
-CPU = torch.device("cpu")
 CPUINFO = {
     "a Xeon with AMX": ("flags\t\t: fpu avx2 avx512_bf16 amx_bf16 amx_tile", {"avx512_bf16", "amx_bf16"}),
     "an EPYC with AVX2 only": ("model name\t: AMD EPYC\nflags\t\t: fpu avx2 fma", set()),

@@ -33,7 +33,7 @@ def world(rank: int = 0) -> World:
 
 
 def step(number: int, loss: float = 1.5, tokens: int = 100) -> Step:
-    return Step(number, loss, learning_rate=1e-3, gradient_norm=0.5, tokens=tokens)
+    return Step(number, loss, learning_rate=1e-3, gradient_norm=0.5, tokens=tokens, label_tokens=tokens // 4)
 
 
 def until(holds: Callable[[], bool]) -> None:

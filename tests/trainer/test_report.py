@@ -32,7 +32,7 @@ def world(rank: int = 0) -> World:
 
 
 def step(number: int, loss: float = 1.5, tokens: int = 100) -> Step:
-    return Step(number, loss, learning_rate=1e-3, gradient_norm=0.5, tokens=tokens)
+    return Step(number, loss, learning_rate=1e-3, gradient_norm=0.5, tokens=tokens, label_tokens=tokens // 4)
 
 
 def until(holds: Callable[[], bool]) -> None:
@@ -57,9 +57,10 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
             "percentage": 50,
             "loss": 1.23456,
             "tokens_per_second": 980.4,
+            "label_tokens_per_second": 310.2,
             "estimated_remaining_seconds": 12,
         },
-        "[############............]  50%  step 5/10  loss 1.2346  980 tok/s  ETA 0:12",
+        "[############............]  50%  step 5/10  loss 1.2346  980 tok/s (310 labels)  ETA 0:12",
     ),
     "hours to go": (
         {
@@ -68,9 +69,10 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
             "percentage": 0,
             "loss": 11,
             "tokens_per_second": 3,
+            "label_tokens_per_second": 1,
             "estimated_remaining_seconds": 7325,
         },
-        "[........................]   0%  step 1/999  loss 11.0000  3 tok/s  ETA 2:02:05",
+        "[........................]   0%  step 1/999  loss 11.0000  3 tok/s (1 labels)  ETA 2:02:05",
     ),
     "done": (
         {
@@ -79,9 +81,10 @@ LINES: dict[str, tuple[dict[str, Any], str]] = {
             "percentage": 100,
             "loss": 0,
             "tokens_per_second": 1,
+            "label_tokens_per_second": 1,
             "estimated_remaining_seconds": 0,
         },
-        "[########################] 100%  step 9/9  loss 0.0000  1 tok/s  ETA 0:00",
+        "[########################] 100%  step 9/9  loss 0.0000  1 tok/s (1 labels)  ETA 0:00",
     ),
 }
 
@@ -121,7 +124,7 @@ def test_elsewhere_a_line_comes_every_few_seconds_and_at_the_end(
     assert len(lines) == 20 + 1  # one in 5 seconds, and the last step
     assert "step 1/100" in lines[0]
     assert "step 100/100" in lines[-1]
-    assert "100 tok/s  ETA 1:39" in lines[0]
+    assert "100 tok/s (25 labels)  ETA 1:39" in lines[0]
 
 
 def test_other_ranks_are_silent(tmp_path: Path) -> None:

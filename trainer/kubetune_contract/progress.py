@@ -27,6 +27,8 @@ class Progress(ContractModel):
     """Learning rate of the last step."""
     tokens_per_second: float | None = None
     """All tokens of all workers per second, over the last reporting interval."""
+    label_tokens_per_second: float | None = None
+    """The same, counting only the tokens that carry the loss."""
     gradient_norm: float | None = None
     """Global L2 norm of the gradients before clipping."""
     peak_memory_bytes: int | None = None

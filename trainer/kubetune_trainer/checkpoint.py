@@ -1,4 +1,4 @@
-"""Checkpoints that are complete or absent, and the claim of one run on its output folder.
+"""Checkpoints that are complete or absent.
 
 A checkpoint holds the trainable parameters, the optimizer's state, the random state of every rank and the caller's own
 values; the frozen weights are the base model's. It is written under a temporary name, brought to the disk, given a
@@ -10,26 +10,24 @@ import io
 import json
 import os
 import shutil
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from hashlib import sha256
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import torch
+import torch.distributed as dist
 
 from kubetune_contract.exit_codes import ExitCode, JobError
-from kubetune_contract.paths import CHECKPOINTS_DIR, METRICS_FILE, RESULT_FILE, SAMPLES_FILE
+from kubetune_contract.paths import CHECKPOINTS_DIR
 from kubetune_contract.progress import CheckpointStatus
 from kubetune_trainer.distributed import World, barrier, broadcast_object
 
 MANIFEST_FILE: Final = "manifest.json"
-IDENTITY_FILE: Final = "identity.json"
-"""In the output folder: what decides the run."""
 _PARTIAL: Final = ".partial-"
-_DIGEST_EDGE: Final = 1 << 20
 _NOT_WRITABLE: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 )
@@ -41,8 +39,8 @@ class OutputError(JobError):
     exit_code = ExitCode.OUTPUT_NOT_WRITABLE
 
 
-class OtherRunError(JobError):
-    """The output folder belongs to a run with other settings."""
+class WorldSizeError(JobError):
+    """The optimizer's state fits only the number of processes that has saved it."""
 
     exit_code = ExitCode.INVALID_CONFIG
 
@@ -56,13 +54,24 @@ def as_output_error(error: BaseException, folder: Path) -> OutputError | None:
 
 
 class Checkpointer:
-    """The checkpoints of a run in `<output>/checkpoints/step-<8 digits>`. All methods are collective."""
+    """The checkpoints of a run in `<output>/checkpoints/step-<8 digits>`.
 
-    def __init__(self, output: Path, keep: int, world: World) -> None:
+    All methods but finish() are collective. Used as a context, it leaves when nothing is being written any more.
+    """
+
+    def __init__(
+        self, output: Path, keep: int, world: World, *, keep_best: bool = False, asynchronous: bool = False
+    ) -> None:
         self._output = output
         self._folder = output / CHECKPOINTS_DIR
-        self._keep = keep
+        self._keep, self._keep_best = keep, keep_best
         self._world = world
+        self._asynchronous = asynchronous
+        # Its own group: messages of a save must not mix with those of the steps that go on meanwhile.
+        self._group = dist.new_group(backend="gloo") if asynchronous and world.size > 1 else None
+        self._writer: _Writer | None = None
+        self.newest: CheckpointStatus | None = None
+        """The newest one that this process knows to be complete."""
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint. What a killed save has left behind is removed."""
@@ -74,42 +83,86 @@ class Checkpointer:
             newest = max(self._folder.iterdir(), default=None)
         return broadcast_object(self._world, newest)
 
-    def save(self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> CheckpointStatus:
-        """Saves after `step` steps and drops checkpoints beyond `keep`."""
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
-        from torch.distributed.checkpoint.state_dict_saver import save
+    def best(self) -> tuple[Path, float] | None:
+        """The complete checkpoint with the lowest held-out loss, and that loss; the earlier one of equals.
 
+        One that is being written counts: it is waited for.
+        """
+        self.finish()
+        return broadcast_object(self._world, self._find_best() if self._world.is_main else None)
+
+    def save(
+        self, step: int, model: torch.nn.Module, optimizer: torch.optim.Optimizer, loss: float | None = None
+    ) -> CheckpointStatus:
+        """Saves after `step` steps, with the held-out `loss` if it is known, and drops what is not to be kept.
+
+        Returns what will be true: at once, or, where checkpoints are written while training goes on, after finish().
+        """
+        self.finish()
         final = self._folder / f"step-{step:08}"
         partial = self._folder / f"{_PARTIAL}{final.name}"
         if self._world.is_main:
             _make_empty(partial)
         barrier(self._world)
-        with _plain_failures():
-            alone = self._world.size == 1
-            save(_tensors(model, optimizer), storage_writer=FileSystemWriter(partial), no_dist=alone)
         _write_synced(partial / f"random-{self._world.rank}.pt", _random_state(self._world))
-        barrier(self._world)
-        if self._world.is_main:
-            _complete(partial, final, {"step": step, "world_size": self._world.size})
+        manifest = {"step": step, "world_size": self._world.size, "validation_loss": loss}
+        tensors = _tensors(model, optimizer, self._world)
+        if self._asynchronous:
+            copies = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+            self._writer = _Writer(lambda: self._write(copies, partial, final, manifest))
+        else:
+            self._write(tensors, partial, final, manifest)
+            barrier(self._world)
+        return CheckpointStatus(step=step, path=str(final.relative_to(self._output)), time=datetime.now(UTC))
+
+    def finish(self) -> None:
+        """Waits for the checkpoint that is being written; raises what has kept it from being written."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.finish()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """A run that ends with an error tells that one, not what the writing has met because of it."""
+        try:
+            self.finish()
+        except Exception:
+            if kind is None:
+                raise
+
+    def measured(self, step: int, loss: float) -> None:
+        """Adds a held-out loss that was not known when the checkpoint was saved; nothing where there is none."""
+        path = self._folder / f"step-{step:08}"
+        if self._world.is_main and is_complete(path) and _manifest(path).get("validation_loss") != loss:
+            write_file(path / MANIFEST_FILE, _as_json(_manifest(path) | {"validation_loss": loss}))
             self._drop_old()
-        barrier(self._world)
-        relative = str(final.relative_to(self._output))
-        return CheckpointStatus(step=step, path=relative, time=datetime.now(UTC))
 
     def load(self, path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, str | None]:
         """Puts everything back and returns the steps done, with a note where the number of ranks has changed.
 
-        Then the random state starts anew from the step, and sums are rounded in another order.
+        Then the random state starts anew from the step, and sums are rounded in another order. Raises WorldSizeError
+        where the optimizer's state cannot be cut for this number.
         """
         from torch.distributed.checkpoint.filesystem import FileSystemReader
         from torch.distributed.checkpoint.state_dict_loader import load
 
         manifest = _manifest(path)
         step, saved_by = manifest["step"], manifest["world_size"]
+        if saved_by != self._world.size and _by_rank(optimizer):
+            raise WorldSizeError(
+                f"{path} was saved by {saved_by} processes, and an 8-bit optimizer's state cannot be cut anew for "
+                f"{self._world.size}: start {saved_by} processes, or remove that checkpoint"
+            )
         _create_state(optimizer)
+        tensors = _tensors(model, optimizer, self._world)
         with _plain_failures():
             alone = self._world.size == 1
-            load(_tensors(model, optimizer), storage_reader=FileSystemReader(path), no_dist=alone)
+            load(tensors, storage_reader=FileSystemReader(path), no_dist=alone)
+        for name, state, key in _states(model, optimizer, self._world):
+            if not isinstance(state[key], torch.Tensor):
+                state[key] = type(state[key])(tensors[name].item())
         if saved_by == self._world.size:
             _set_random_state(path / f"random-{self._world.rank}.pt", self._world)
             return step, None
@@ -119,10 +172,54 @@ class Checkpointer:
             "but dropout is drawn anew and sums are rounded in another order"
         )
 
+    def _write(self, tensors: dict[str, torch.Tensor], partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+        """Rank 0 returns from torch's save only when every rank has written its part."""
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        with _plain_failures():
+            alone = self._world.size == 1
+            save(tensors, storage_writer=FileSystemWriter(partial), process_group=self._group, no_dist=alone)
+        if self._world.is_main:
+            _complete(partial, final, manifest)
+            self._drop_old()
+            self.newest = status_of(final, self._output)
+
     def _drop_old(self) -> None:
-        for path in sorted(self._folder.glob("step-*"))[: -self._keep]:
-            doomed = path.rename(path.with_name(f"{_PARTIAL}{path.name}"))
-            shutil.rmtree(doomed)
+        complete = sorted(self._folder.glob("step-*"))
+        best = self._find_best() if self._keep_best else None
+        for path in complete[: -self._keep]:
+            if best is None or path != best[0]:
+                doomed = path.rename(path.with_name(f"{_PARTIAL}{path.name}"))
+                shutil.rmtree(doomed)
+
+    def _find_best(self) -> tuple[Path, float] | None:
+        losses = [(path, _manifest(path).get("validation_loss")) for path in sorted(self._folder.glob("step-*"))]
+        known = [(path, loss) for path, loss in losses if loss is not None]
+        return min(known, key=lambda one: one[1], default=None)
+
+
+class _Writer(threading.Thread):
+    """Does something meanwhile."""
+
+    def __init__(self, act: Callable[[], None]) -> None:
+        super().__init__(name="checkpoint", daemon=True)
+        self._act = act
+        self._error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        """In the thread."""
+        try:
+            self._act()
+        except BaseException as error:  # noqa: BLE001 - finish() raises it
+            self._error = error
+
+    def finish(self) -> None:
+        """Waits; raises what went wrong."""
+        self.join()
+        if self._error is not None:
+            raise self._error
 
 
 def status_of(path: Path, output: Path) -> CheckpointStatus:
@@ -147,24 +244,44 @@ def _manifest(path: Path) -> dict[str, Any]:
     return manifest
 
 
+def _as_json(manifest: dict[str, Any]) -> bytes:
+    return json.dumps(manifest, indent=1).encode()
+
+
 def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest last, then the name: from here on the checkpoint exists."""
     files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    _write_synced(partial / MANIFEST_FILE, json.dumps(manifest | {"files": files}, indent=1).encode())
+    _write_synced(partial / MANIFEST_FILE, _as_json(manifest | {"files": files}))
     _sync_folder(partial)
     partial.rename(final)
     _sync_folder(final.parent)
 
 
-def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, torch.Tensor]:
     """Flat names, the same under any number of ranks: `model.<name>`, `optimizer.<name>.exp_avg`, ..."""
     _reshard(model)
-    trainable = {name: param for name, param in model.named_parameters() if param.requires_grad}
-    tensors: dict[str, torch.Tensor] = {f"model.{name}": param for name, param in trainable.items()}
-    for name, param in trainable.items():
-        assert optimizer.state[param], f"{name} has been trained, so the optimizer has a state for it"
-        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[param].items()}
-    return tensors
+    tensors: dict[str, torch.Tensor] = {
+        f"model.{name}": param for name, param in model.named_parameters() if param.requires_grad
+    }
+    return tensors | {name: torch.as_tensor(state[key]) for name, state, key in _states(model, optimizer, world)}
+
+
+def _states(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Each value of the optimizer's state: its name in a checkpoint, the dictionary and the key where it is held."""
+    suffix = f".{world.rank}" if _by_rank(optimizer) else ""
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            state = optimizer.state[param]
+            assert state or suffix, f"{name} has been trained, so the optimizer has a state for it"
+            # bitsandbytes' table of 256 numbers is the same for all parameters and never changes.
+            yield from ((f"optimizer.{name}.{key}{suffix}", state, key) for key in state if "qmap" not in key)
+
+
+def _by_rank(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the state belongs to this number of processes (see optim.RowsOptimizer)."""
+    return getattr(optimizer, "by_rank", False)
 
 
 def _reshard(model: torch.nn.Module) -> None:
@@ -222,79 +339,12 @@ def _set_random_state(path: Path, world: World) -> None:
         torch.cuda.set_rng_state(state["cuda"], world.device)
 
 
-# --- one folder, one run ----------------------------------------------------------------------------------------------
-
-
-def claim(output: Path, identity: Mapping[str, Any], first: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Makes the folder this run's and returns what the run's first start wrote as `first()`, now or earlier.
-
-    Rank 0 only; both are JSON. A folder with a checkpoint or result of another identity is refused with OtherRunError;
-    one in which no checkpoint was reached is taken over. Raises OutputError where it cannot be written.
-    """
-    with _refused_writes(output):
-        output.mkdir(parents=True, exist_ok=True)
-        known = _read_identity(output)
-        if known is not None and not (different := differences(known["identity"], identity)):
-            return dict(known["first"])
-        if known is not None and _has_results(output):
-            raise OtherRunError(
-                f"{output} belongs to a run with other settings: {'; '.join(different)}. "
-                "Choose another output_dir, take the settings back, or remove that folder"
-            )
-        for name in (METRICS_FILE, SAMPLES_FILE):
-            (output / name).unlink(missing_ok=True)
-        known = {"identity": identity, "first": first()}
-        write_file(output / IDENTITY_FILE, json.dumps(known, indent=1).encode())
-        return dict(known["first"])
-
-
-def differences(old: Any, new: Any, path: str = "") -> list[str]:
-    """The leaves that differ, such as `training.seed was 1, now 2`."""
-    if isinstance(old, Mapping) and isinstance(new, Mapping):
-        below = [differences(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in sorted({*old, *new})]
-        return [one for found in below for one in found]
-    return [] if old == new else [f"{path} was {old}, now {new}"]
-
-
-def digest_files(folder: Path, names: Iterable[str]) -> str:
-    """Tells model folders apart at little cost: of each file the name, the size, the first and the last MiB."""
-    digest = sha256()
-    for name in sorted(names):
-        with (folder / name).open("rb") as file:
-            size = (folder / name).stat().st_size
-            digest.update(f"{name} {size}".encode() + file.read(_DIGEST_EDGE))
-            file.seek(max(0, size - _DIGEST_EDGE))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
 def write_file(path: Path, content: bytes) -> None:
     """Replaces a file: the old content or the new one, whole and on the disk."""
     scratch = path.with_name(f".{path.name}.tmp")
     _write_synced(scratch, content)
     scratch.replace(path)
     _sync_folder(path.parent)
-
-
-@contextmanager
-def _refused_writes(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise as_output_error(error, output) or error from error
-
-
-def _read_identity(output: Path) -> dict[str, Any] | None:
-    try:
-        known: dict[str, Any] = json.loads((output / IDENTITY_FILE).read_bytes())
-    except FileNotFoundError:
-        return None
-    return known
-
-
-def _has_results(output: Path) -> bool:
-    checkpoints = output / CHECKPOINTS_DIR
-    return (output / RESULT_FILE).exists() or (checkpoints.is_dir() and any(map(is_complete, checkpoints.iterdir())))
 
 
 def _make_empty(folder: Path) -> None:

@@ -34,6 +34,8 @@ class World:
     local_rank: int
     """Number of this process on its node; also of its GPU."""
     device: torch.device
+    local_size: int = 1
+    """Processes of this node."""
 
     @property
     def is_main(self) -> bool:
@@ -48,12 +50,13 @@ def start() -> World:
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
     device = _device(local_rank)
     if device.type == "cpu":
         _share_cores()
     if size > 1:
         _join(device)
-    return World(rank, size, local_rank, device)
+    return World(rank, size, local_rank, device, local_size)
 
 
 def _device(local_rank: int) -> torch.device:
@@ -74,16 +77,28 @@ def _share_cores() -> None:
 def _join(device: torch.device) -> None:
     on_gpu = device.type == "cuda"
     try:
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=TIMEOUT, device_id=device if on_gpu else None)
+        dist.init_process_group(_backend(device), timeout=TIMEOUT, device_id=device if on_gpu else None)
     except RuntimeError as error:
         if is_peer_lost(error):
             raise PeerLostError(f"the other workers did not come to the meeting point: {error}") from error
         raise
 
 
-def stop(world: World) -> None:
+def _backend(device: torch.device) -> str:
+    """With gloo beside NCCL: offloaded weights and checkpoints that are written meanwhile are on the host."""
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def ensure_group(world: World) -> None:
+    """A process that is alone makes a group of itself: FSDP needs one even where there is nobody to talk to."""
+    if not dist.is_initialized():
+        assert world.size == 1, "several processes have met in start()"
+        dist.init_process_group(_backend(world.device), store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+
+
+def stop() -> None:
     """Leave the group, if there is one."""
-    if world.size > 1:
+    if dist.is_initialized():
         dist.destroy_process_group()
 
 
@@ -104,6 +119,15 @@ def broadcast_object(world: World, value: T) -> T:
     dist.broadcast_object_list(box, src=0, device=world.device)
     received: T = box[0]
     return received
+
+
+def gather_objects(world: World, value: T) -> list[T]:
+    """Every rank's value, rank 0's first, on every rank. They are pickled: small things only."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def barrier(world: World) -> None:
@@ -137,12 +161,19 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """The rows of `parameter` that this process stores, to be written in place, and the number of the first of them.
 
     A plain tensor is stored whole. FSDP2 shards dimension 0 as torch.chunk does: all but the last shards are equal.
+    With copies on several nodes (HSDP) only the mesh dimension inside a node counts.
     """
     if not isinstance(parameter, DTensor):
         return parameter.detach(), 0
-    local = parameter.to_local().detach()
-    rows, ranks = parameter.shape[0], parameter.device_mesh.size()
-    return local, min(rows, -(-rows // ranks) * parameter.device_mesh.get_local_rank())
+    local, mesh = parameter.to_local().detach(), parameter.device_mesh
+    dimension = next(number for number, placement in enumerate(parameter.placements) if placement.is_shard())
+    rows, ranks = parameter.shape[0], mesh.size(dimension)
+    return local, min(rows, -(-rows // ranks) * mesh.get_local_rank(dimension))
+
+
+def whole_value(scalar: Tensor) -> float:
+    """The value of a possibly distributed scalar. All ranks must call it."""
+    return (scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item()
 
 
 def full_tensor(parameter: Tensor, world: World) -> Tensor | None:

@@ -49,7 +49,7 @@ def export_model(model: Llama, source: Path, folder: Path, world: World) -> None
     Every rank count gives the same bits. All ranks must call it.
     """
     with finished_folder(folder, world) as scratch:
-        dtype = model.model.embed_tokens.weight.dtype
+        dtype = model.dtype
         shapes = model.config.shapes()
         writer = ShardWriter(scratch, [{n: Spec(dtype, s)} for n, s in shapes.items()]) if world.is_main else None
         for name in shapes:

@@ -12,7 +12,6 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from kubetune_trainer.architecture import Llama3Scaling, LlamaConfig, ModelError
 from kubetune_trainer.cross_entropy import Pair, linear_cross_entropy, sum_products
@@ -218,8 +217,8 @@ class Llama(nn.Module):
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
         self.config = config
-        self.checkpoint_blocks = False
-        """Keep only each block's input and compute the rest again in the backward pass."""
+        self.dtype = torch.get_default_dtype()
+        """Number format of the products; weights may be kept in a wider one."""
         self.model = Decoder(config)
         # A tied head has no module: the head then reads the embedding's weight.
         tied = config.tie_word_embeddings
@@ -230,10 +229,12 @@ class Llama(nn.Module):
         """The decoder layers, first to last."""
         return [block for block in self.model.layers if isinstance(block, Block)]
 
-    def init_buffers(self) -> None:
-        """Compute the RoPE frequencies again, in fp32 on the weights' device: to_empty() and .to(dtype) spoil them."""
-        device = self.model.norm.weight.device
-        with torch.device(device):
+    def init_buffers(self, device: torch.device | None = None) -> None:
+        """Compute the RoPE frequencies again, in fp32 on `device`: to_empty() and .to(dtype) spoil them.
+
+        Without a `device`, on that of the weights; offloaded weights are elsewhere.
+        """
+        with device or self.model.norm.weight.device:
             self.model.inverse_frequencies = inverse_frequencies(self.config)
 
     def forward(
@@ -263,10 +264,7 @@ class Llama(nn.Module):
             positions = documents.positions
         rotation = self.model.rotation(positions, x.dtype)
         for block in self.model.layers:
-            if self.checkpoint_blocks and torch.is_grad_enabled():
-                x = checkpoint(block, x, rotation, documents, use_reentrant=False)
-            else:
-                x = block(x, rotation, documents, cache)
+            x = block(x, rotation, documents, cache)
         if cache is not None:
             cache.length += input_ids.shape[1]
             x = x[:, -1:]

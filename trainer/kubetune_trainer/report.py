@@ -12,7 +12,7 @@ import threading
 import time
 import urllib.request
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -34,6 +34,7 @@ from kubetune_contract.paths import (
 )
 from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, TerminationMessage
 from kubetune_trainer.distributed import World
+from kubetune_trainer.loggers import Logger
 
 PLAIN_SECONDS: Final = 5.0
 """Seconds between plain progress lines."""
@@ -57,7 +58,9 @@ class Step:
     gradient_norm: float
     """L2 norm before clipping."""
     tokens: int
-    """Tokens without padding."""
+    """All tokens."""
+    label_tokens: int
+    """Those of them that carry the loss."""
     measures: Mapping[str, float] = field(default_factory=dict)
     """What else is measured, by name."""
 
@@ -73,6 +76,7 @@ class Reporter:
         steps_per_epoch: int,
         *,
         poster: "Poster | None" = None,
+        loggers: Sequence[Logger] = (),
         stream: TextIO | None = None,
     ) -> None:
         self._speaks = world.is_main
@@ -82,9 +86,10 @@ class Reporter:
         self._total = total_steps
         self._steps_per_epoch = steps_per_epoch
         self._poster = poster
+        self._loggers = loggers
         self._checkpoint: CheckpointStatus | None = None
-        self._marks: deque[tuple[float, int, int]] = deque(maxlen=_WINDOW_STEPS + 1)
-        self._tokens = 0
+        self._marks: deque[tuple[float, int, int, int]] = deque(maxlen=_WINDOW_STEPS + 1)
+        self._tokens = self._label_tokens = 0
         self._last_line = 0.0
         self.folder = folder
         self.metrics = Metrics(folder / METRICS_FILE)
@@ -99,11 +104,13 @@ class Reporter:
         """The run goes on after `step` steps: metrics past it are dropped."""
         if self._speaks:
             self.metrics.rewind(step)
+        for logger in self._loggers:
+            logger.begin(step)
 
     def begin(self, step: int) -> None:
         """The loop starts after `step` steps: the clocks start and the operator hears of it."""
         if self._speaks:
-            self._marks.append((time.monotonic(), step, 0))
+            self._marks.append((time.monotonic(), step, 0, 0))
             self._post(self._position(step))
 
     def step(self, step: Step) -> None:
@@ -111,20 +118,22 @@ class Reporter:
         if not self._speaks:
             return
         self._tokens += step.tokens
-        self._marks.append((time.monotonic(), step.number, self._tokens))
+        self._label_tokens += step.label_tokens
+        self._marks.append((time.monotonic(), step.number, self._tokens, self._label_tokens))
         progress = self._progress(step)
-        self.metrics.append(
+        self._record(
+            step.number,
             {
-                "step": step.number,
                 "epoch": progress.epoch,
                 "loss": step.loss,
                 "learning_rate": step.learning_rate,
                 "gradient_norm": step.gradient_norm,
                 "tokens": step.tokens,
+                "label_tokens": step.label_tokens,
                 **step.measures,
                 "tokens_per_second": progress.tokens_per_second,
-                "time": _now().isoformat(timespec="milliseconds"),
-            }
+                "label_tokens_per_second": progress.label_tokens_per_second,
+            },
         )
         self._show(progress)
         self._post(progress)
@@ -132,9 +141,7 @@ class Reporter:
     def validation(self, step: int, loss: float) -> None:
         """The held-out loss after `step` steps, in nats per label token."""
         if self._speaks:
-            self.metrics.append(
-                {"step": step, "validation_loss": loss, "time": _now().isoformat(timespec="milliseconds")}
-            )
+            self._record(step, {"validation_loss": loss})
             self.say(f"validation loss after step {step}: {loss:.4f}")
 
     def checkpoint(self, status: CheckpointStatus) -> None:
@@ -160,16 +167,25 @@ class Reporter:
         if kind is not None:
             with suppress(OSError):
                 self.draw()
+        for logger in self._loggers:
+            logger.close()
         if self._poster:
             self._poster.close()
 
+    def _record(self, step: int, values: dict[str, Any]) -> None:
+        self.metrics.append({"step": step} | values | {"time": _now().isoformat(timespec="milliseconds")})
+        for logger in self._loggers:
+            logger.log(step, values)
+
     def _progress(self, step: Step) -> Progress:
-        (start, first_step, first_tokens), (now, last_step, last_tokens) = self._marks[0], self._marks[-1]
+        start, first_step, first_tokens, first_labels = self._marks[0]
+        now, last_step, last_tokens, last_labels = self._marks[-1]
         seconds = max(now - start, 1e-9)
         measured = {
             "loss": step.loss,
             "learning_rate": step.learning_rate,
             "tokens_per_second": round((last_tokens - first_tokens) / seconds, 1),
+            "label_tokens_per_second": round((last_labels - first_labels) / seconds, 1),
             "gradient_norm": step.gradient_norm,
             "peak_memory_bytes": peak_memory(self._device),
             "estimated_remaining_seconds": round((self._total - step.number) * seconds / (last_step - first_step)),
@@ -198,14 +214,17 @@ class Reporter:
 
 
 def progress_line(progress: Progress) -> str:
-    """Bar, steps, loss, rate, time left: `[######......]  50%  step 5/10  loss 1.2345  980 tok/s  ETA 0:12`."""
+    """Bar, steps, loss, rates, time left.
+
+    `[######......]  50%  step 5/10  loss 1.2345  980 tok/s (310 labels)  ETA 0:12`
+    """
     filled = _BAR_WIDTH * progress.percentage // 100
     bar = "#" * filled + "." * (_BAR_WIDTH - filled)
     minutes, seconds = divmod(progress.estimated_remaining_seconds or 0, 60)
     eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
     return (
         f"[{bar}] {progress.percentage:3}%  step {progress.step}/{progress.total_steps}  loss {progress.loss:.4f}  "
-        f"{progress.tokens_per_second:.0f} tok/s  ETA {eta}"
+        f"{progress.tokens_per_second:.0f} tok/s ({progress.label_tokens_per_second:.0f} labels)  ETA {eta}"
     )
 
 

@@ -28,7 +28,8 @@ from kubetune_contract.paths import (
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import distributed
 from kubetune_trainer.cache import cache_folder
-from kubetune_trainer.checkpoint import Checkpointer, as_output_error, claim, digest_files, status_of, write_file
+from kubetune_trainer.checkpoint import Checkpointer, as_output_error, status_of, write_file
+from kubetune_trainer.claim import claim, digest_files
 from kubetune_trainer.data import Dataset, describe, load_data, load_questions, validation_source
 from kubetune_trainer.distributed import World, broadcast_object
 from kubetune_trainer.export import export_adapter, export_model
@@ -36,11 +37,13 @@ from kubetune_trainer.fit import DoesNotFitError, check_memory
 from kubetune_trainer.formats import Question
 from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader, check_model
+from kubetune_trainer.loggers import check_loggers, make_loggers
 from kubetune_trainer.loop import Run, SavedError, StopFlag, train, validate
 from kubetune_trainer.model import Llama
-from kubetune_trainer.optim import effective_warmup, make_optimizer
-from kubetune_trainer.parallel import build, choose_precision
+from kubetune_trainer.optim import check_optimizer, effective_warmup, make_optimizer
+from kubetune_trainer.parallel import build, check_compiler, choose_precision, notes
 from kubetune_trainer.peft import trainable
+from kubetune_trainer.profiler import Profiler
 from kubetune_trainer.report import Poster, Reporter, write_termination
 from kubetune_trainer.sampling import Sampler
 from kubetune_trainer.sources import origin_of, pin
@@ -48,6 +51,9 @@ from kubetune_trainer.tokenizer import Tokenizer
 
 T = TypeVar("T")
 _PRECISIONS: Final = {torch.bfloat16: "BF16", torch.float32: "FP32"}
+
+_MAY_CHANGE: Final = frozenset({"activation_checkpointing", "compile", "cpu_offload", "sharding"})
+"""Fields of training that trade memory for time: a later attempt may set them otherwise."""
 
 
 class Inputs(NamedTuple):
@@ -73,7 +79,7 @@ def main(config: RunConfig) -> int:
     try:
         world = distributed.start()
         result = run(config, world, stop)
-        distributed.stop(world)
+        distributed.stop()
     except Exception as error:  # noqa: BLE001 - whatever it is, the container must say it
         return _tell_failure(error, Path(config.output_dir))
     if world.is_main:
@@ -85,7 +91,7 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
     """The whole run; every rank calls it and gets the result. Raises JobError."""
     folder = Path(config.output_dir)
     # 1. The model's files are whole, and the output folder is ours. Whatever is wrong is found before memory is taken.
-    reader = together(world, lambda: check_model(Path(config.model.path)))
+    reader = together(world, lambda: _check(config, world))
     first = broadcast_object(world, together(world, lambda: _claim(config, reader, world)))
     if (finished := _finished(folder, world)) is not None:
         _say(world, f"this run has finished already, its results are in {folder}")
@@ -112,12 +118,27 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
     optimizer = make_optimizer(params.values(), config.training)
     _say(world, _model_text(config, model, params, first["precision"], choose_precision(config, world.device)))
     # 5. Where an earlier attempt has come to.
-    checkpoints = Checkpointer(folder, config.checkpoint.keep, world)
+    saving = config.checkpoint
+    checkpoints = Checkpointer(folder, saving.keep, world, keep_best=saving.keep_best, asynchronous=saving.asynchronous)
+    profiler = Profiler(config.profiler, folder, world)
     poster = Poster.from_env() if world.is_main else None
-    with Reporter(folder, world, total, sampler.steps_per_epoch, poster=poster) as reporter:
+    loggers = make_loggers(config, folder, world, first["started"])
+    with Reporter(folder, world, total, sampler.steps_per_epoch, poster=poster, loggers=loggers) as reporter:
         trained = list(params.values())
         state = Run(
-            config, world, data, held_out, sampler, model, trained, optimizer, checkpoints, reporter, stop, total
+            config,
+            world,
+            data,
+            held_out,
+            sampler,
+            model,
+            trained,
+            optimizer,
+            checkpoints,
+            reporter,
+            profiler,
+            stop,
+            total,
         )
         start = _resume(state)
         # 6. What the model knows before the first step.
@@ -128,6 +149,7 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
         train(state, start)
         # 8. What it knows now.
         validate(state, total)
+        _take_best(state)
         _samples_after(state, tokenizer, questions, samples)
         # 9. The results; the file that says so comes last.
         result = _export(state, reader)
@@ -150,6 +172,14 @@ def together(world: World, act: Callable[[], T]) -> T:
 
 
 # --- 1. and 2. inputs ---
+
+
+def _check(config: RunConfig, world: World) -> WeightReader:
+    """Whatever can be found wrong without data and weights."""
+    check_optimizer(config.training, world.device)
+    check_compiler(config.training)
+    check_loggers(config.logging)
+    return check_model(Path(config.model.path))
 
 
 def _claim(config: RunConfig, reader: WeightReader, world: World) -> dict[str, Any]:
@@ -191,7 +221,7 @@ def _identity(config: RunConfig, reader: WeightReader) -> dict[str, Any]:
         "adapter": lora.model_dump(mode="json") if lora else None,
         "quantization": config.quantized.model_dump(mode="json") if config.quantized else None,
         "dpo": config.preference.model_dump(mode="json") if config.preference else None,
-        "training": {key: value for key, value in values["training"].items() if key != "activation_checkpointing"},
+        "training": {key: value for key, value in values["training"].items() if key not in _MAY_CHANGE},
     }
 
 
@@ -247,6 +277,18 @@ def _resume(state: Run) -> int:
         state.reporter.checkpoint(status_of(path, state.reporter.folder))
         state.reporter.say(f"resuming    after step {start} of {state.total}" + (f"; {note}" if note else ""))
     return start
+
+
+def _take_best(state: Run) -> None:
+    """Where the best checkpoint is kept, it is what is exported."""
+    best = state.checkpoints.best() if state.config.checkpoint.keep_best else None
+    if best is None:
+        return
+    path, loss = best
+    step = status_of(path, state.reporter.folder).step
+    if step != state.total:
+        state.checkpoints.load(path, state.model, state.optimizer)
+    state.reporter.say(f"best        after step {step}, with validation loss {loss:.4f}: this is exported")
 
 
 # --- 6. and 8. samples ---
@@ -348,7 +390,7 @@ def _plan_text(config: RunConfig, world: World, inputs: Inputs, sampler: Sampler
         f"processes   {world.size} on {world.device.type}",
         f"steps       {total} in batches of {sampler.global_batch} ({epochs} of {per_epoch} steps"
         + (", cut by training.max_steps)" if total < training.epochs * per_epoch else ")"),
-        f"note        {warmup_note}" if warmup_note else "",
+        *(f"note        {note}" for note in (warmup_note, *notes(config, world)) if note),
         f"output      {config.output_dir}",
     ]
     return "\n".join(line for line in lines if line)

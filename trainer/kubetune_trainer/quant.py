@@ -6,7 +6,7 @@ bit for bit, and the kernels are bitsandbytes' own; it is imported only when som
 
 Double quantization stores each absmax in 8 bits: its distance from the mean of all (`offset`), in blocks of 256 that
 each have a scale (`nabsmax`) for the values of the table `code`. These blocks cross rows, so nabsmax stays whole on
-every process: 0.004 bits for each weight. Without it `absmax` holds the bytes of float32 values.
+every process: 0.002 bits for each weight. Without it `absmax` holds the bytes of float32 values.
 """
 
 import math

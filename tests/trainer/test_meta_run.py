@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.paths import METRICS_FILE
 from kubetune_contract.presets import merge
-from kubetune_trainer import train
+from kubetune_trainer import cli, train
 from kubetune_trainer.distributed import World
 from kubetune_trainer.report import read_metrics
 from kubetune_trainer.tiktoken_files import write_hugging_face
@@ -50,3 +51,14 @@ def test_a_run_from_metas_files_equals_one_from_hugging_faces(
     rendered = oracle.apply_chat_template(messages, return_dict=True)["input_ids"]
     tokenizer = Tokenizer.from_folder(meta)
     assert rendered == tokenizer.encode(tokenizer.render(messages))
+
+
+def test_an_estimate_reads_the_sizes_of_metas_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hugging_face = write_llama(tmp_path / "hf", vocab_size=WORDS)
+    meta = write_meta(hugging_face, tmp_path / "meta" / "original").parent
+    tables = []
+    for folder in (hugging_face, meta):
+        words = ["estimate", "--config", "llama3/8B_lora_single_device"]
+        assert cli.main([*words, f"model.path={folder}"]) == 0
+        tables.append(capsys.readouterr().out.replace(str(folder), "FOLDER"))
+    assert tables[0] == tables[1]

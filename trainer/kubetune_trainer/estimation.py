@@ -9,11 +9,12 @@ from typing import Any
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import ExitCode
-from kubetune_trainer import migration, recipes, torchrun
+from kubetune_trainer import meta_files, migration, recipes, torchrun
 from kubetune_trainer.architecture import LlamaConfig
 from kubetune_trainer.estimate import GIB, estimate
 from kubetune_trainer.families import FAMILIES, known
 from kubetune_trainer.fit import NO_REMEDY, remedies
+from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.overrides import select
 
 
@@ -55,6 +56,8 @@ def _architecture(config: RunConfig, preset: str | None, file: Path | None) -> L
     """The model's sizes, from its files where they are. Raises ConfigError."""
     found = file or Path(config.model.path, "config.json")
     if file is None and not found.is_file():
+        if meta_files.find(Path(config.model.path)) is not None:
+            return WeightReader(config.model.path).config()
         if (model := known(preset, config.model.path)) is None:
             raise ConfigError(
                 [

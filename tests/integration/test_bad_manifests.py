@@ -349,6 +349,7 @@ BROKEN = {
     "dpo goes with data of the format": {"dpo": {"beta": 0.2}, "dataset": {"format": "OpenAI"}},
     "the format Preference does not go": {"method": "Full", "dataset": {"format": "Preference"}},
     "training.optimizerInBackward goes with": {"method": "LoRA", "training": AT_ONCE},
+    "adapter.targetModules must not name embed_tokens": {"method": "DoRA", "adapter": {"targetModules": ["lm_head"]}},
     "checkpoint.keepBest needs": {"checkpoint": {"keepBest": True}},
     "optimizerInBackward needs gradient": {
         "method": "Full",

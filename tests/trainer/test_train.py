@@ -19,9 +19,8 @@ from kubetune_contract.presets import merge
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import report, train
 from kubetune_trainer.data import DataError
-from kubetune_trainer.distributed import World
+from kubetune_trainer.distributed import SharedError, World, together
 from kubetune_trainer.report import read_metrics
-from kubetune_trainer.train import SharedError, together
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """The processes of one run: who am I, how many are we, and the few collectives that the loop needs."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Final, TypeVar
@@ -22,6 +23,14 @@ class PeerLostError(JobError):
     """Another worker is gone. A restart from the last checkpoint helps."""
 
     exit_code = ExitCode.PEER_LOST
+
+
+class SharedError(JobError):
+    """An error of one rank, raised on all of them, so that none waits for another and the first rank can tell it."""
+
+    def __init__(self, exit_code: ExitCode, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -128,6 +137,18 @@ def gather_objects(world: World, value: T) -> list[T]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def together(world: World, act: Callable[[], T]) -> T:
+    """`act` on every rank; if it fails on any, the first failing rank's error is raised on all, as SharedError."""
+    try:
+        value, failure = act(), None
+    except JobError as error:
+        value, failure = None, (error.exit_code, str(error))
+    for known in gather_objects(world, failure):
+        if known is not None:
+            raise SharedError(*known)
+    return value  # type: ignore[return-value] # without a failure there is a value
 
 
 def barrier(world: World) -> None:

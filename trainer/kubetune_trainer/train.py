@@ -1,16 +1,14 @@
 """One run from its configuration to its results, in numbered stages. This module alone composes the others."""
 
-import json
 import os
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Final, NamedTuple, TypeVar
+from typing import Any, Final, NamedTuple
 
 import torch
-import torch.distributed as dist
 import yaml
 
 from kubetune_contract.config import RunConfig
@@ -31,11 +29,10 @@ from kubetune_trainer.cache import cache_folder
 from kubetune_trainer.checkpoint import Checkpointer, as_output_error, status_of, write_file
 from kubetune_trainer.claim import claim, digest_files
 from kubetune_trainer.data import Dataset, describe, load_data, load_questions, validation_source
-from kubetune_trainer.distributed import World, broadcast_object
+from kubetune_trainer.distributed import SharedError, World, broadcast_object, together
 from kubetune_trainer.export import export_adapter, export_model
 from kubetune_trainer.fit import DoesNotFitError, check_memory
 from kubetune_trainer.formats import Question
-from kubetune_trainer.generate import generate
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.loggers import check_loggers, make_loggers
 from kubetune_trainer.loop import Run, SavedError, StopFlag, train, validate
@@ -45,11 +42,11 @@ from kubetune_trainer.parallel import build, check_compiler, choose_precision, n
 from kubetune_trainer.peft import trainable
 from kubetune_trainer.profiler import Profiler
 from kubetune_trainer.report import Poster, Reporter, write_termination
+from kubetune_trainer.samples import samples_after, samples_before
 from kubetune_trainer.sampling import Sampler
 from kubetune_trainer.sources import origin_of, pin
 from kubetune_trainer.tokenizer import Tokenizer
 
-T = TypeVar("T")
 _PRECISIONS: Final = {torch.bfloat16: "BF16", torch.float32: "FP32"}
 
 _MAY_CHANGE: Final = frozenset({"activation_checkpointing", "compile", "cpu_offload", "sharding"})
@@ -63,14 +60,6 @@ class Inputs(NamedTuple):
     data: Dataset
     held_out: Dataset | None
     questions: list[Question]
-
-
-class SharedError(JobError):
-    """An error of one rank, raised on all of them, so that none waits for another and the first rank can tell it."""
-
-    def __init__(self, exit_code: ExitCode, text: str) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 def main(config: RunConfig) -> int:
@@ -144,31 +133,16 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
         # 6. What the model knows before the first step.
         if start == 0:
             validate(state, 0)
-        samples = _samples_before(state, tokenizer, questions, start)
+        samples = samples_before(state, tokenizer, questions, start)
         # 7. The loop.
         train(state, start)
         # 8. What it knows now.
         validate(state, total)
         _take_best(state)
-        _samples_after(state, tokenizer, questions, samples)
+        samples_after(state, tokenizer, questions, samples)
         # 9. The results; the file that says so comes last.
         result = _export(state, reader)
         return _finish(state, result)
-
-
-def together(world: World, act: Callable[[], T]) -> T:
-    """`act` on every rank; if it fails on any, the first failing rank's error is raised on all, as SharedError."""
-    try:
-        value, failure = act(), None
-    except JobError as error:
-        value, failure = None, (error.exit_code, str(error))
-    failures: list[tuple[ExitCode, str] | None] = [failure] * world.size
-    if world.size > 1:
-        dist.all_gather_object(failures, failure)
-    for known in failures:
-        if known is not None:
-            raise SharedError(*known)
-    return value  # type: ignore[return-value] # without a failure there is a value
 
 
 # --- 1. and 2. inputs ---
@@ -289,47 +263,6 @@ def _take_best(state: Run) -> None:
     if step != state.total:
         state.checkpoints.load(path, state.model, state.optimizer)
     state.reporter.say(f"best        after step {step}, with validation loss {loss:.4f}: this is exported")
-
-
-# --- 6. and 8. samples ---
-
-
-def _samples_before(state: Run, tokenizer: Tokenizer, questions: list[Question], start: int) -> list[dict[str, Any]]:
-    """The questions with the answers of the untrained model: measured once, read again by later attempts."""
-    path = state.reporter.folder / SAMPLES_FILE
-    known = broadcast_object(state.world, path.read_text() if state.world.is_main and path.exists() else None)
-    if known is not None:
-        samples: list[dict[str, Any]] = json.loads(known)
-        return samples
-    answers = _answers(state, tokenizer, questions) if start == 0 else [None] * len(questions)
-    samples = [
-        {"prompt": question.text, "reference": question.reference, "before": answer, "after": None}
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    _write_samples(state, samples)
-    return samples
-
-
-def _samples_after(state: Run, tokenizer: Tokenizer, questions: list[Question], samples: list[dict[str, Any]]) -> None:
-    answers = _answers(state, tokenizer, questions)
-    _write_samples(state, [sample | {"after": answer} for sample, answer in zip(samples, answers, strict=True)])
-
-
-def _write_samples(state: Run, samples: list[dict[str, Any]]) -> None:
-    if state.world.is_main and samples:
-        text = json.dumps(samples, indent=2, ensure_ascii=False)
-        write_file(state.reporter.folder / SAMPLES_FILE, text.encode())
-
-
-def _answers(state: Run, tokenizer: Tokenizer, questions: list[Question]) -> list[str]:
-    """Greedy answers; all ranks compute them together."""
-    validation = state.config.validation
-    if validation is None or not questions:
-        return []
-    limit, stop_ids = validation.sample_tokens, set(tokenizer.stop_ids)
-    prompts = [tokenizer.encode(question.rendered) for question in questions]
-    answers = [generate(state.model, prompt, limit, stop_ids, state.world) for prompt in prompts]
-    return [tokenizer.decode(answer).strip() for answer in answers]
 
 
 # --- 9. results ---

@@ -1,6 +1,7 @@
 """Adapters that peft has written: beside the weights, merged in memory, merged on disk; all as peft computes them."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import JobError
 from kubetune_trainer import shards
 from kubetune_trainer.adapter import Adapter
 from kubetune_trainer.architecture import ModelError
-from kubetune_trainer.convert import merge
+from kubetune_trainer.convert import merge, quantize
+from kubetune_trainer.distributed import World
+from kubetune_trainer.export import export_adapter
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.inference import load
-from kubetune_trainer.task_config import InferenceModel, MergeConfig
+from kubetune_trainer.parallel import build
+from kubetune_trainer.peft import adapter_disabled, trainable
+from kubetune_trainer.shards import ShardWriter
+from kubetune_trainer.task_config import InferenceModel, MergeConfig, QuantizeConfig
 
 Write = Callable[..., Path]
 
@@ -111,6 +118,51 @@ def test_a_large_merged_model_is_written_in_files_with_an_index_and_keeps_its_fo
     kept = [name for name in reader.names() if torch.equal(reader.full(name), original.full(name))]
     assert len(kept) == len(reader.names()) - 2 * 3  # two blocks, three layers each
     assert not list(folder.parent.glob(".*"))
+
+
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "QLoRA", "QDoRA"])
+def test_a_runs_adapter_answers_as_its_model_did(
+    method: str, llama_folder: Write, run_config: Callable[..., RunConfig], alone: World, tmp_path: Path
+) -> None:
+    base = llama_folder(hidden_size=64, num_attention_heads=8, intermediate_size=128)
+    config = run_config(base, method=method)
+    model = build(config, WeightReader(base), alone).eval()
+    generator = torch.Generator().manual_seed(3)
+    for parameter in trainable(model).values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    export_adapter(model, config, tmp_path / "adapter", alone)
+    quantization = {"quantization": {}} if method.startswith("Q") else {}
+    values = {"path": str(base), "adapter_path": str(tmp_path / "adapter"), "precision": "FP32"} | quantization
+    ids = torch.arange(3, 43)[None]
+    torch.testing.assert_close(load(InferenceModel.model_validate(values)).model(ids), model(ids), rtol=0, atol=0)
+    if quantization:
+        del values["adapter_path"]
+        with adapter_disabled(model):
+            plain = model(ids)
+        torch.testing.assert_close(load(InferenceModel.model_validate(values)).model(ids), plain, rtol=0, atol=0)
+
+
+def test_no_more_than_one_weight_is_in_memory(
+    llama_folder: Write, write_adapter: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 8, "intermediate_size": 128}
+    base = llama_folder(**sizes)
+    adapter = write_adapter(base, **KINDS["LoRA"])
+    written: list[tuple[str, weakref.ref[Tensor]]] = []
+    alive: list[set[str]] = []
+    add = ShardWriter.add
+
+    def watched(writer: ShardWriter, name: str, tensor: Tensor) -> None:
+        add(writer, name, tensor)
+        written.append((name, weakref.ref(tensor)))
+        alive.append({name.partition("weight")[0] for name, reference in written if reference() is not None})
+
+    monkeypatch.setattr(ShardWriter, "add", watched)
+    merge(MergeConfig(model={"path": str(base)}, adapter_path=str(adapter), output_dir=str(tmp_path / "merged")))
+    for form in ("NF4", "INT8"):
+        quantize(QuantizeConfig(model={"path": str(base)}, output_dir=str(tmp_path / form), format=form))
+    assert len(alive) > 3 * 21
+    assert max(map(len, alive)) <= 2  # the one before goes when the next has its name
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------

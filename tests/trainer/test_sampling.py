@@ -98,6 +98,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "a temperature below 0": ({"temperature": -1}, "temperature: .*greater than or equal to 0"),
     "top_p above 1": ({"top_p": 1.5}, "top_p: .*less than or equal to 1"),
     "merging nothing": ({"model": {"path": "x", "merged": True}}, "merged needs an adapter_path"),
+    "merging into 4 bits": (
+        {"model": {"path": "x", "adapter_path": "y", "merged": True, "quantization": {}}},
+        "merged does not go with quantization",
+    ),
     "too long": ({"max_new_tokens": 600}, "the prompt has .* tokens; 600 more .*512 positions.*set max_new_tokens to"),
     "a prompt without room": ({"prompt": {"text": "a" * 600}}, "max_new_tokens: the prompt has 600 .*shorten"),
 }

@@ -1,11 +1,11 @@
 """A trained model, ready to be asked: the base alone, with its adapter beside its weights, or merged into them."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 import torch
 
-from kubetune_contract.config import RunConfig
+from kubetune_contract.config import AdapterConfig, RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_trainer import distributed
 from kubetune_trainer.adapter import Adapter, MergedReader
@@ -16,6 +16,9 @@ from kubetune_trainer.model import Llama
 from kubetune_trainer.parallel import build
 from kubetune_trainer.task_config import InferenceModel
 from kubetune_trainer.tokenizer import Tokenizer
+
+_NOTHING_LEARNT: Final = AdapterConfig(rank=1, target_modules=["q_proj"])
+"""An adapter that changes nothing: weights in 4 bits alone are QLoRA before the first step."""
 
 
 class Speaker(NamedTuple):
@@ -69,10 +72,16 @@ def load(options: InferenceModel) -> Speaker:
 
 def _as_run(options: InferenceModel, adapter: Adapter | None) -> RunConfig:
     """The run whose model this is: what `build` takes."""
+    config = None if adapter is None else adapter.config()
+    if adapter is None and options.quantization is not None:
+        config = _NOTHING_LEARNT
+    method = "Full" if config is None else "DoRA" if adapter is not None and adapter.has_magnitude else "LoRA"
     values = {
-        "method": "Full" if adapter is None else "DoRA" if adapter.has_magnitude else "LoRA",
+        "method": method if options.quantization is None else f"Q{method}",
         "model": {"path": options.path},
-        "adapter": None if adapter is None else adapter.config(),
+        "adapter": config,
+        "quantization": options.quantization,
+        # Weights that nobody trains need no wider copies.
         "training": {"precision": options.precision, "master_weights": "BF16"},
         "dataset": {"path": "-"},
         "output_dir": "-",

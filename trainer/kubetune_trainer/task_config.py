@@ -5,7 +5,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from kubetune_contract.base import ContractModel, Rule
-from kubetune_contract.config import ModelConfig
+from kubetune_contract.config import ModelConfig, QuantizationConfig
 from kubetune_contract.dataset import DatasetConfig
 
 
@@ -17,6 +17,8 @@ class InferenceModel(ModelConfig):
     merged: bool = False
     """Whether the adapter is merged into the weights while they are loaded: faster answers, and in BF16 a little less
     exact than the adapter beside its weights."""
+    quantization: QuantizationConfig | None = None
+    """Store the frozen weights in 4 bits, as QLoRA and QDoRA train on them."""
     precision: Literal["Auto", "BF16", "FP32"] = "Auto"
     """Number format of the matrix products. Auto: BF16 where the device has instructions for it, else FP32."""
 
@@ -25,6 +27,11 @@ class InferenceModel(ModelConfig):
             cel=None,  # tasks have no manifest
             holds=lambda model: not model.merged or model.adapter_path is not None,
             message="merged needs an adapterPath: there is nothing to merge",
+        ),
+        Rule(
+            cel=None,
+            holds=lambda model: not (model.merged and model.quantization is not None),
+            message="merged does not go with quantization: an adapter stays beside weights in 4 bits",
         ),
     )
 

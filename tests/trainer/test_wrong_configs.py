@@ -142,6 +142,11 @@ CROSS_FIELD: dict[str, tuple[list[str], str]] = {
         "training: cpu_offload goes with the optimizer AdamW, but it is AdamW8bit: "
         "bitsandbytes' optimizers run on GPUs only",
     ),
+    "magnitudes outside the blocks": (
+        ["method=DoRA", "adapter.target_modules=[q_proj, lm_head]"],
+        "adapter.target_modules must not name embed_tokens or lm_head with method DoRA, which trains magnitudes inside "
+        "the blocks only: remove them, or set method to LoRA",
+    ),
     "a layer twice": (
         ["adapter.target_modules=[q_proj, q_proj]"],
         "adapter: target_modules must not name a module twice",

@@ -22,11 +22,11 @@ def _untrained_tokens(config: RunConfig) -> str | None:
         return None
     if not folder.is_dir() or _knows_chats(folder):
         return None
+    train_them = "" if config.has_magnitude else " add embed_tokens and lm_head to adapter.target_modules,"
     return (
         f"{folder} looks like base weights: it has no chat template, and its name does not say Instruct. The "
         f"special tokens of a chat have untrained embeddings there, and {config.method} does not train embeddings: "
-        "take the Instruct weights, add embed_tokens and lm_head to adapter.target_modules, or set dataset.format to "
-        "Completion"
+        f"take the Instruct weights,{train_them} or set dataset.format to Completion"
     )
 
 

@@ -28,6 +28,8 @@ from kubetune_trainer.tokens import SHOWN_PROBLEMS, Tokenized
 
 Numbers = npt.NDArray[np.int64]
 
+_TRIED_ROWS: Final = 10_000
+"""Rows of each dataset among which questions are looked for."""
 _FINEST_SHARE: Final = 64
 """Packed rows that a dataset has at least if an epoch takes a part of them, so that the part is about its weight."""
 
@@ -221,11 +223,11 @@ def _width(part: Part) -> int:
 
 
 def load_questions(parts: Sequence[Part], count: int, training: DatasetConfig, tokenizer: Tokenizer) -> list[Question]:
-    """The first `count` rows that have an answer, each up to its last answer."""
+    """The first `count` rows that have an answer, each up to its last answer; only the first rows are tried."""
     questions: list[Question] = []
     for part in parts:
         formatter = Formatter(part.options, training.train_on, tokenizer)
-        wanted = {(int(file), int(row)) for file, row in part.documents.rows[part.chosen]}
+        wanted = {(int(file), int(row)) for file, row in part.documents.rows[part.chosen[:_TRIED_ROWS]]}
         for number, file in enumerate(part.origin.source().files if count else ()):
             for row_number, row in read_rows(file, formatter.columns):
                 if len(questions) == count:

@@ -204,7 +204,7 @@ def _content(source: DatasetConfig | MixedDataset) -> dict[str, Any]:
     if source.repo is not None:  # claim() pins its commit
         return source.model_dump(mode="json", exclude={"path", "mixture", "max_bad_rows"})
     values = source.model_dump(mode="json", exclude={"path", "repo", "revision", "split", "mixture", "max_bad_rows"})
-    return values | {"content": origin_of(source, {}).digest()}
+    return values | {"path": origin_of(source, {}).digest()}
 
 
 def _held_out_identity(config: RunConfig) -> str | float | None:

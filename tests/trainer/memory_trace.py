@@ -146,6 +146,7 @@ def _fakes(live: LiveStorages) -> Iterator[None]:
         for place, name, value in (
             (Llama, "to_empty", to_empty),
             (parallel, "load_weights", lambda *_: None),
+            (parallel, "load_packed", lambda *_: None),
             (parallel, "init_adapter", lambda *_: None),
             (Documents, "of", _documents),
             (model_module, "attend_documents", _attend),

@@ -32,25 +32,33 @@ def settings(**changes: Any) -> RunConfig:
 FULL: dict[str, Any] = {"activation_checkpointing": "Full"}
 TRACED: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {
     "8B LoRA as the presets have it": (B8, FULL),
-    "four blocks of 8B, nothing computed again": (replace(B8, num_hidden_layers=4), {}),
-    "four blocks of 8B, a short micro-batch, whose peak is the loss": (
-        replace(B8, num_hidden_layers=4),
+    "8B QLoRA as the presets have it": (B8, FULL | {"method": "QLoRA"}),
+    "two blocks of 8B, nothing computed again": (replace(B8, num_hidden_layers=2), {}),
+    "two blocks of 8B, a short micro-batch, whose peak is the loss": (
+        replace(B8, num_hidden_layers=2),
         FULL | {"batch_size": 1, "max_sequence_length": 512},
     ),
-    "four blocks of 8B, every weight in bf16": (
-        replace(B8, num_hidden_layers=4),
+    "two blocks of 8B, every weight in bf16": (
+        replace(B8, num_hidden_layers=2),
         FULL | {"method": "Full", "master_weights": "BF16"},
     ),
-    "four blocks of 8B in fp32": (replace(B8, num_hidden_layers=4), FULL | {"precision": "FP32"}),
-    "four blocks of 8B, rank 64 with dropout on attention alone": (
-        replace(B8, num_hidden_layers=4),
+    "two blocks of 8B in fp32": (replace(B8, num_hidden_layers=2), FULL | {"precision": "FP32"}),
+    "two blocks of 8B, rank 64 with dropout on attention alone": (
+        replace(B8, num_hidden_layers=2),
         FULL | {"adapter": {"rank": 64, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}},
     ),
-    "four blocks of 8B, dropout on all layers, nothing computed again": (
-        replace(B8, num_hidden_layers=4),
+    "two blocks of 8B, dropout on all layers, nothing computed again": (
+        replace(B8, num_hidden_layers=2),
         {"adapter": {"dropout": 0.1}},
     ),
-    "1B with its tied head": (replace(FAMILIES["llama3_2/1B"], num_hidden_layers=4), FULL),
+    "two blocks of 8B, DoRA, nothing computed again": (replace(B8, num_hidden_layers=2), {"method": "DoRA"}),
+    "two blocks of 8B, QDoRA with dropout, short rows, one level of scales": (
+        replace(B8, num_hidden_layers=2),
+        FULL
+        | {"method": "QDoRA", "adapter": {"dropout": 0.1}, "quantization": {"double": False}, "batch_size": 1}
+        | {"max_sequence_length": 1024},
+    ),
+    "1B with its tied head": (replace(FAMILIES["llama3_2/1B"], num_hidden_layers=2), FULL),
 }
 
 

@@ -214,8 +214,7 @@ class _Step:
     # --- moments of a step ---
 
     def _phases(self) -> Iterator[_Phase]:
-        """The loss, when all blocks wait for their backward pass; the last block's; the end, when the embedding's
-        gradient is made."""
+        """The loss, when all blocks wait for their backward pass; the last block's; the embedding's at the end."""
         root = self._width * (self._embedding() + self._head()) if self._sharded else 0
         blocks = 2 * self._gathered_block() if self._sharded else 0  # one at work, one on its way
         kept, head = self._kept(), self._width * self._embedding() if self._full else 0
@@ -223,7 +222,11 @@ class _Step:
         yield _Phase(kept, self._loss() + head, root)
         waiting = head if self._sharded else 0  # the head's gradient waits for that of the embedding
         made = of_block + waiting if self._full else 0
-        yield _Phase(kept + self._work(), sharding=root + blocks + made, dequantization=self._dequantized())
+        buffers = root + blocks + made
+        yield _Phase(kept + self._work(), sharding=buffers)
+        if self.config.quantized:  # one gradient of MLP width is not there while the weight is
+            inner = self._rows(self.architecture.intermediate_size)
+            yield _Phase(kept + self._work() - inner, sharding=buffers, dequantization=self._largest())
         if self._full:
             yield _Phase(
                 2 * self._rows(self.architecture.hidden_size), sharding=root + (2 * root + root if root else head)
@@ -235,9 +238,6 @@ class _Step:
     def _largest(self) -> int:
         """The gradient of one weight before it is added up."""
         return self._width * self.architecture.hidden_size * self.architecture.intermediate_size
-
-    def _dequantized(self) -> int:
-        return self._largest() if self.config.quantized else 0
 
     @property
     def _tokens(self) -> int:
@@ -282,7 +282,7 @@ class _Step:
             ({"down_proj"}, model.intermediate_size),
         ):
             size += self._rows(width) if self._learns(inputs) else 0
-        return size + self._dropped()
+        return size + self._dropped() + self._scaled()
 
     def _learns(self, layers: set[str]) -> bool:
         """Whether one of the layers has a gradient for its weight or adapter, and so needs its input."""
@@ -295,6 +295,14 @@ class _Step:
             return 0
         inputs = sum(size_in for name, (size_in, _) in self._layers().items() if name in lora.target_modules)
         return self._rows(inputs) + self._rows(inputs) // self._width
+
+    def _scaled(self) -> int:
+        """DoRA: the outputs that are multiplied by what is learnt of the magnitude; two of them with dropout."""
+        lora = self.config.lora
+        if lora is None or not self.config.has_magnitude:
+            return 0
+        outputs = sum(size_out for name, (_, size_out) in self._layers().items() if name in lora.target_modules)
+        return self._rows(outputs) * (2 if lora.dropout else 1)
 
     def _logsumexp(self) -> int:
         return self._rows(self.architecture.num_attention_heads) * 4 // self._width

@@ -12,6 +12,9 @@ ARCHITECTURE = "LlamaForCausalLM"
 HEAD_CHUNK: Final = 512
 """Label tokens whose logits live at once: 0.26 GB in fp32 for Llama 3's 128,256 words, less than a block takes."""
 
+NORM_NUMBERS: Final = 1 << 24
+"""Weights whose norms are computed at once: 64 MiB in float32."""
+
 
 class ModelError(JobError):
     """The files are not a usable Llama model. The message names file, tensor or field, and the remedy."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from kubetune_contract.config import RunConfig
-from kubetune_trainer.architecture import HEAD_CHUNK, LlamaConfig
+from kubetune_trainer.architecture import HEAD_CHUNK, NORM_NUMBERS, LlamaConfig
 
 GIB: Final = 2**30
 CONTEXT: Final = int(0.6 * GIB)
@@ -34,7 +34,7 @@ class Estimate(NamedTuple):
     sharding: int
     """Whole weights of the blocks at work and of embedding and head, and gradients on their way."""
     dequantization: int
-    """One weight out of 4 bits."""
+    """One weight out of 4 bits, and the norms of some of its rows (DoRA)."""
     host: int
     """In host memory, not in the total."""
 
@@ -224,9 +224,12 @@ class _Step:
         made = of_block + waiting if self._full else 0
         buffers = root + blocks + made
         yield _Phase(kept + self._work(), sharding=buffers)
-        if self.config.quantized:  # one gradient of MLP width is not there while the weight is
-            inner = self._rows(self.architecture.intermediate_size)
-            yield _Phase(kept + self._work() - inner, sharding=buffers, dequantization=self._largest())
+        inner, dense = self._rows(self.architecture.intermediate_size), self._largest() if self.config.quantized else 0
+        if dense:  # one gradient of MLP width is not there while the weight is
+            yield _Phase(kept + self._work() - inner, sharding=buffers, dequantization=dense)
+        if self.config.has_magnitude:  # nor two while norms are computed, in fp32, of some rows and their sum
+            norms = 2 * 4 * min(NORM_NUMBERS, self.architecture.hidden_size * self.architecture.intermediate_size)
+            yield _Phase(kept + self._work() - 2 * inner, sharding=buffers, dequantization=dense + norms)
         if self._full:
             yield _Phase(
                 2 * self._rows(self.architecture.hidden_size), sharding=root + (2 * root + root if root else head)
@@ -314,6 +317,8 @@ class _Step:
         """
         hidden, inner = self._rows(self.architecture.hidden_size), self._rows(self.architecture.intermediate_size)
         work = hidden + (2 if self._learns({"down_proj"}) else 3) * inner
+        if self.config.has_magnitude and self._dropped():
+            work += inner  # the base's product is there twice, and so is the gradient of its input
         match self.config.training.activation_checkpointing:
             case "None":
                 return work

@@ -15,6 +15,7 @@ _SMALLER: Final[Mapping[Method, Method]] = {"Full": "LoRA", "LoRA": "QLoRA", "Do
 _PROCESSES: Final = (2, 4, 8, 16, 32, 64)
 _MOST_CHANGES: Final = 4
 """In one remedy."""
+_LENGTH: Final = "dataset.max_sequence_length"
 NO_REMEDY: Final = "no settings are enough: use larger devices, or a smaller model"
 
 
@@ -36,8 +37,8 @@ class _Change(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """With more processes than needed nothing new is said."""
-        return "processes" if self.processes else self.text
+        """With more processes or shorter rows than needed nothing new is said."""
+        return "processes" if self.processes else " ".join(self.values)
 
 
 def check_memory(
@@ -95,8 +96,7 @@ def _changes(config: RunConfig, processes: int) -> Iterator[_Change]:
                 yield _Change(f"use {count} processes", {}, count)
     for length in (2048, 1024, 512):
         if length < dataset.max_sequence_length:
-            yield _Change(f"set dataset.max_sequence_length to {length}", {"dataset.max_sequence_length": length})
-            break
+            yield _Change(f"set {_LENGTH} to {length}", {_LENGTH: length})
     if not training.cpu_offload:
         yield _Change("set training.cpu_offload to true", {"training.cpu_offload": True})
 

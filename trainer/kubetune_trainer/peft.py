@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final, Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +16,10 @@ from torch import Tensor, nn
 
 from kubetune_contract.config import AdapterConfig
 from kubetune_contract.errors import ConfigError
+from kubetune_trainer.architecture import NORM_NUMBERS
 from kubetune_trainer.cross_entropy import Pair
 from kubetune_trainer.distributed import local_rows
 from kubetune_trainer.quant import NF4Linear, dense, own_rows, product, take_over
-
-_NORM_NUMBERS: Final = 1 << 24
-"""Weights whose norms are computed at once: 64 MiB in float32."""
 
 
 class LoRALinear(nn.Module):
@@ -140,7 +138,7 @@ def _put(parameter: Tensor, whole: Tensor) -> None:
 
 def _row_norms(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
     """The L2 norm of each row of weight + scale * B A, float32 [out]. The sum is never there as a whole."""
-    rows = max(1, _NORM_NUMBERS // weight.shape[1])
+    rows = max(1, NORM_NUMBERS // weight.shape[1])
     pairs = zip(torch.split(weight, rows), torch.split(lora_b, rows), strict=True)
     return torch.cat(
         [torch.linalg.vector_norm(torch.addmm(w.float(), b, lora_a, alpha=scale), dim=1) for w, b in pairs]

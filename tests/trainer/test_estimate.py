@@ -58,6 +58,10 @@ TRACED: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {
         | {"method": "QDoRA", "adapter": {"dropout": 0.1}, "quantization": {"double": False}, "batch_size": 1}
         | {"max_sequence_length": 1024},
     ),
+    "two blocks of 8B, selective checkpointing": (
+        replace(B8, num_hidden_layers=2),
+        {"activation_checkpointing": "Selective"},
+    ),
     "1B with its tied head": (replace(FAMILIES["llama3_2/1B"], num_hidden_layers=2), FULL),
 }
 

@@ -125,7 +125,7 @@ class _Step:
 
     @property
     def _on_host(self) -> bool:
-        return embedding_on_host(self.config, self.architecture, self.processes)
+        return not self._sharded and embedding_on_host(self.config, self.architecture, self.processes)
 
     def _share(self, size: int) -> int:
         """The part of a process: all processes share, or with Hybrid those of a node."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.trainer.conftest import write_llama
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.exit_codes import ExitCode
@@ -30,6 +31,8 @@ DRILL_STEPS = 12
 DRILLS: dict[str, dict[str, Any]] = {
     "LoRA with dropout": {},
     "Full": {"method": "Full"},
+    "DoRA": {"method": "DoRA"},
+    "QLoRA": {"method": "QLoRA"},
     "LoRA, the best kept, written meanwhile": {
         "checkpoint": {"every_steps": 3, "every_epoch": True, "keep_best": True, "asynchronous": True}
     },
@@ -174,6 +177,9 @@ def drill(base: RunConfig, name: str, changes: dict[str, Any], ranks: int) -> Ru
         "adapter": None if changes.get("method") == "Full" else base.model_dump()["adapter"],
         "output_dir": str(Path(base.output_dir).with_name(name)),
     }
+    if changes.get("method") == "QLoRA":  # NF4 needs rows of whole blocks
+        model = write_llama(rows.with_name("wide"), hidden_size=128, intermediate_size=192, num_attention_heads=4)
+        values["model"] = {"path": str(model)}
     return RunConfig.model_validate(merge(merge(base.model_dump() | {"adapter": None}, values), changes))
 
 

@@ -17,15 +17,14 @@ from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.model import IGNORE
 from kubetune_trainer.optim import make_optimizer, set_learning_rate
 from kubetune_trainer.parallel import (
-    _cpu_flags,
     build,
     check_compiler,
-    choose_precision,
     clip_gradients,
     make_mesh,
     notes,
 )
 from kubetune_trainer.peft import lora_layers, trainable
+from kubetune_trainer.precision import _cpu_flags, choose_precision
 
 Spawn = Callable[..., list[Any]]
 Configure = Callable[..., RunConfig]

@@ -33,6 +33,7 @@ DRILLS: dict[str, dict[str, Any]] = {
     "Full": {"method": "Full"},
     "DoRA": {"method": "DoRA"},
     "QLoRA": {"method": "QLoRA"},
+    "DPO": {"dataset": {"format": "Preference"}, "validation": {"samples": 0}},
     "LoRA, the best kept, written meanwhile": {
         "checkpoint": {"every_steps": 3, "every_epoch": True, "keep_best": True, "asynchronous": True}
     },
@@ -165,10 +166,18 @@ def assert_same(one: dict[str, Any], other: dict[str, Any]) -> None:
     assert different == []
 
 
+def as_preference(line: str) -> str:
+    """The row's answer, preferred to a wrong one of another length."""
+    question, answer = (turn["content"] for turn in json.loads(line)["messages"])
+    return json.dumps({"prompt": question, "chosen": answer, "rejected": f"no, {answer}"})
+
+
 def drill(base: RunConfig, name: str, changes: dict[str, Any], ranks: int) -> RunConfig:
     """12 steps in 2 epochs, each of 4 rows in 2 passes, whatever the number of ranks."""
     rows = Path(base.dataset.path).with_name("drill.jsonl")
-    rows.write_text("".join(Path(base.dataset.path).read_text().splitlines(keepends=True)[:24]))
+    lines = Path(base.dataset.path).read_text().splitlines()[:24]
+    preferences = changes.get("dataset") == {"format": "Preference"}
+    rows.write_text("".join(f"{as_preference(line) if preferences else line}\n" for line in lines))
     values: dict[str, Any] = {
         "dataset": {"path": str(rows)},
         "training": {"epochs": 2, "batch_size": 2 // ranks},
@@ -177,6 +186,8 @@ def drill(base: RunConfig, name: str, changes: dict[str, Any], ranks: int) -> Ru
         "adapter": None if changes.get("method") == "Full" else base.model_dump()["adapter"],
         "output_dir": str(Path(base.output_dir).with_name(name)),
     }
+    if preferences:
+        values["validation"]["path"] = str(rows)
     if changes.get("method") == "QLoRA":  # NF4 needs rows of whole blocks
         model = write_llama(rows.with_name("wide"), hidden_size=128, intermediate_size=192, num_attention_heads=4)
         values["model"] = {"path": str(model)}

@@ -201,7 +201,7 @@ def test_a_folder_of_a_run_on_other_data_is_refused(
     path = Path(training_run.dataset.path)
     path.write_text(path.read_text().replace("1.", "2."))
     assert train.main(short(training_run)) == ExitCode.INVALID_CONFIG
-    assert "dataset.content was " in last_word().message
+    assert "dataset.path was " in last_word().message
 
 
 def test_the_same_settings_with_more_memory_thrift_are_the_same_run(training_run: RunConfig) -> None:

@@ -38,8 +38,9 @@ from kubetune_trainer.loggers import check_loggers, make_loggers
 from kubetune_trainer.loop import Run, SavedError, StopFlag, train, validate
 from kubetune_trainer.model import Llama
 from kubetune_trainer.optim import check_optimizer, effective_warmup, make_optimizer
-from kubetune_trainer.parallel import build, check_compiler, choose_precision, notes
+from kubetune_trainer.parallel import build, check_compiler, notes
 from kubetune_trainer.peft import trainable
+from kubetune_trainer.precision import choose_precision
 from kubetune_trainer.profiler import Profiler
 from kubetune_trainer.report import Poster, Reporter, write_termination
 from kubetune_trainer.samples import samples_after, samples_before

@@ -33,7 +33,7 @@ DRILLS: dict[str, dict[str, Any]] = {
     "Full": {"method": "Full"},
     "DoRA": {"method": "DoRA"},
     "QLoRA": {"method": "QLoRA"},
-    "DPO": {"dataset": {"format": "Preference"}, "validation": {"samples": 0}},
+    "DPO": {"dataset": {"format": "Preference"}},
     "LoRA, the best kept, written meanwhile": {
         "checkpoint": {"every_steps": 3, "every_epoch": True, "keep_best": True, "asynchronous": True}
     },

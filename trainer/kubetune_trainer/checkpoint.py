@@ -25,6 +25,7 @@ from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.paths import CHECKPOINTS_DIR
 from kubetune_contract.progress import CheckpointStatus
 from kubetune_trainer.distributed import World, barrier, broadcast_object
+from kubetune_trainer.shards import sync
 
 MANIFEST_FILE: Final = "manifest.json"
 _PARTIAL: Final = ".partial-"
@@ -252,9 +253,9 @@ def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest last, then the name: from here on the checkpoint exists."""
     files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
     _write_synced(partial / MANIFEST_FILE, _as_json(manifest | {"files": files}))
-    _sync_folder(partial)
+    sync(partial)
     partial.rename(final)
-    _sync_folder(final.parent)
+    sync(final.parent)
 
 
 def _tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, torch.Tensor]:
@@ -344,7 +345,7 @@ def write_file(path: Path, content: bytes) -> None:
     scratch = path.with_name(f".{path.name}.tmp")
     _write_synced(scratch, content)
     scratch.replace(path)
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def _make_empty(folder: Path) -> None:
@@ -358,11 +359,3 @@ def _write_synced(path: Path, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -149,15 +149,16 @@ def _publish(scratch: Path, folder: Path) -> None:
     """Bring the files to the disk, readable for other users (safetensors writes them 0600), and rename the folder."""
     for file in scratch.iterdir():
         file.chmod(0o644)
-        _sync(file)
-    _sync(scratch)
+        sync(file)
+    sync(scratch)
     if folder.exists():  # left by an attempt that was killed right after its export
         shutil.rmtree(folder)
     scratch.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

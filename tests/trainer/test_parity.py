@@ -29,7 +29,7 @@ METHODS = {"LoRA": 1e-4, "DoRA": 1e-4, "QLoRA": 1e-2, "Full": 1e-4}
 """The project's bars. float32 rounding alone, fed back through 50 optimizer steps, reaches some 1e-5; bitsandbytes may
 multiply packed weights in an order of its own."""
 RANKS_BAR = 1e-5
-"""The project's bar: two ranks add the same numbers in another order."""
+"""The project's bar: ranks add the same numbers in another order."""
 SHAPE = {
     "hidden_size": 128,
     "intermediate_size": 256,
@@ -194,9 +194,10 @@ def _ours_as_rank(world: World, config: RunConfig) -> list[float]:
     return ours(config, world)
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_two_ranks_have_the_losses_of_one(
+@pytest.mark.parametrize(("method", "ranks"), [*((method, 2) for method in METHODS), ("LoRA", 4), ("QLoRA", 4)])
+def test_ranks_have_the_losses_of_one(
     method: str,
+    ranks: int,
     parity_run: RunConfig,
     alone: World,
     spawn: Callable[..., list[Any]],
@@ -204,10 +205,12 @@ def test_two_ranks_have_the_losses_of_one(
 ) -> None:
     config = by_method(parity_run, method)
     single = ours(config, alone)
-    halved = config.training.model_copy(update={"gradient_accumulation_steps": 1})
-    folder = f"{config.output_dir}-two"
-    two = spawn(2, _ours_as_rank, config.model_copy(update={"training": halved, "output_dir": folder}))[0]
-    assert_close(single, two, RANKS_BAR, f"{method}, two ranks against one", record_property)
+    training = config.training
+    rows = training.batch_size * training.gradient_accumulation_steps // ranks
+    split = training.model_copy(update={"batch_size": rows, "gradient_accumulation_steps": 1})
+    folder = f"{config.output_dir}-split"
+    several = spawn(ranks, _ours_as_rank, config.model_copy(update={"training": split, "output_dir": folder}))[0]
+    assert_close(single, several, RANKS_BAR, f"{method}, {ranks} ranks against one", record_property)
 
 
 def test_a_real_model_has_the_losses_of_peft(

@@ -84,12 +84,12 @@ def test_two_jobs_with_one_model_share_one_staging(drill):
 
 
 def test_a_configuration_that_only_the_operator_can_judge_creates_nothing(drill):
-    """The preset warms up for 100 steps, which the API server does not know."""
+    """The preset adds gradients up, which the API server does not know."""
     drill = drill()
-    drill.submit(training={"maxSteps": 50})
+    drill.submit(method="Full", training={"optimizerInBackward": True})
     status = drill.until_state("job", "Failed")
     assert drill.condition(status, "Failed")["reason"] == "InvalidConfig"
-    assert "warmupSteps" in drill.condition(status, "Failed")["message"]
+    assert "gradientAccumulationSteps" in drill.condition(status, "Failed")["message"]
     assert drill.kubectl("get", "jobs,pods,services", "-o", "name") == ""
 
 

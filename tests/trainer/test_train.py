@@ -17,7 +17,7 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.presets import merge
 from kubetune_contract.progress import Result, TerminationMessage
-from kubetune_trainer import report, train
+from kubetune_trainer import loop, report, train
 from kubetune_trainer.data import DataError
 from kubetune_trainer.distributed import SharedError, World, together
 from kubetune_trainer.report import read_metrics
@@ -116,6 +116,28 @@ def test_training_lowers_the_loss_and_changes_the_answers(training_run: RunConfi
     samples = json.loads(Path(training_run.output_dir, "samples.json").read_text())
     assert [(sample["prompt"], sample["reference"]) for sample in samples] == [("6+6?", "12."), ("7+0?", "7.")]
     assert all(isinstance(sample["before"], str) and sample["before"] != sample["after"] for sample in samples)
+
+
+def test_the_best_checkpoint_is_exported_and_its_loss_is_the_results(
+    training_run: RunConfig, alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a level rate, what is best after step 4 is what a run of 4 steps leaves."""
+    training = {"schedule": "Constant", "warmup_steps": 1}
+    four = short(training_run, training=training | {"max_steps": 4}, output_dir=str(tmp_path / "four"))
+    eight = short(
+        training_run,
+        training=training | {"max_steps": 8},
+        validation={"every_steps": 2},
+        checkpoint={"keep_best": True},
+    )
+    train.run(four, alone, train.StopFlag())
+    losses = iter([9.0, 3.0, 1.0, 2.0, 4.0])  # before the first step, then after every second
+    monkeypatch.setattr(loop, "mean_loss", lambda run, data: next(losses))
+    assert train.run(eight, alone, train.StopFlag()).final_validation_loss == 1.0
+    expected, exported = (
+        Path(config.output_dir, "adapter", "adapter_model.safetensors").read_bytes() for config in (four, eight)
+    )
+    assert exported == expected
 
 
 def test_the_first_lines_say_what_will_happen(

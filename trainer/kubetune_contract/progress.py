@@ -68,7 +68,7 @@ class Result(ContractModel):
     initial_validation_loss: float | None = None
     """Validation loss before the first step, in nats per label token."""
     final_validation_loss: float | None = None
-    """Validation loss after the last step, in nats per label token."""
+    """Validation loss of what was exported (the last step, or the best), in nats per label token."""
     steps: int = Field(ge=0)
     """Optimizer steps done."""
     tokens: int = Field(ge=0)

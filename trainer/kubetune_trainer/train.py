@@ -139,11 +139,11 @@ def run(config: RunConfig, world: World, stop: StopFlag) -> Result:
         train(state, start)
         # 8. What it knows now.
         validate(state, total)
-        _take_best(state)
+        exported = _take_best(state)
         samples_after(state, tokenizer, questions, samples)
         # 9. The results; the file that says so comes last.
         result = _export(state, reader)
-        return _finish(state, result)
+        return _finish(state, exported, result)
 
 
 # --- 1. and 2. inputs ---
@@ -254,16 +254,17 @@ def _resume(state: Run) -> int:
     return start
 
 
-def _take_best(state: Run) -> None:
-    """Where the best checkpoint is kept, it is what is exported."""
+def _take_best(state: Run) -> int:
+    """Where the best checkpoint is kept, it is what is exported. Returns the step after which the export was saved."""
     best = state.checkpoints.best() if state.config.checkpoint.keep_best else None
     if best is None:
-        return
+        return state.total
     path, loss = best
     step = status_of(path, state.reporter.folder).step
     if step != state.total:
         state.checkpoints.load(path, state.model, state.optimizer)
     state.reporter.say(f"best        after step {step}, with validation loss {loss:.4f}: this is exported")
+    return step
 
 
 # --- 9. results ---
@@ -282,7 +283,7 @@ def _export(state: Run, reader: WeightReader) -> dict[str, str]:
     return {"adapter_path": ADAPTER_DIR, "merged_path": MERGED_DIR}
 
 
-def _finish(state: Run, weights: dict[str, str]) -> Result:
+def _finish(state: Run, exported: int, weights: dict[str, str]) -> Result:
     """Draws, sums up and writes the result on rank 0; every rank waits for it."""
     state.reporter.draw()
     result = None
@@ -293,7 +294,7 @@ def _finish(state: Run, weights: dict[str, str]) -> Result:
             loss_picture_path=LOSS_PICTURE,
             final_loss=metrics.last_loss(),
             initial_validation_loss=metrics.validation_loss(0),
-            final_validation_loss=metrics.validation_loss(state.total),
+            final_validation_loss=metrics.validation_loss(exported),
             steps=state.total,
             tokens=sum(int(state.data.lengths[state.sampler.rows(step)].sum()) for step in range(state.total)),
             **weights,

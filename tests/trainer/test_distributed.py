@@ -42,7 +42,7 @@ def test_one_process_needs_no_group(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all_sum(world, 1.5, 2) == [1.5, 2.0]
     assert broadcast_object(world, "text") == "text"
     barrier(world)
-    stop(world)
+    stop()
     assert not dist.is_initialized()
 
 

@@ -7,18 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 from kubetune_contract.dataset import DatasetConfig
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import harness
 from kubetune_trainer.cache import cache_folder
 from kubetune_trainer.checkpoint import as_output_error, write_file
-from kubetune_trainer.data import Dataset, arrange, describe, load_parts, load_questions
+from kubetune_trainer.data import arrange, describe, load_parts, load_questions
 from kubetune_trainer.formats import Question
 from kubetune_trainer.inference import Speaker, load
-from kubetune_trainer.sampling import deal
+from kubetune_trainer.loop import measure
 from kubetune_trainer.sources import pin
 from kubetune_trainer.task_config import EvaluationConfig
 
@@ -43,7 +40,7 @@ def _on_data(config: EvaluationConfig, options: DatasetConfig, speaker: Speaker)
         data = arrange(parts, options, packed=False)
         questions = load_questions(parts, config.answers, options, speaker.tokenizer)
         print(f"data        {describe(data, options)}", flush=True)
-        loss = mean_loss(speaker, data, config.batch_size)
+        loss = measure(speaker.model, speaker.world, data, config.batch_size)
     results: dict[str, Any] = {
         "loss": loss,
         "perplexity": math.exp(loss),
@@ -53,17 +50,6 @@ def _on_data(config: EvaluationConfig, options: DatasetConfig, speaker: Speaker)
         right = exact_matches(speaker, questions, config.max_new_tokens)
         results |= {"exact_match": right / len(questions) if questions else 0.0, "answers": len(questions)}
     return results
-
-
-@torch.no_grad()
-def mean_loss(speaker: Speaker, data: Dataset, batch_size: int) -> float:
-    """Mean cross-entropy per label token, in nats."""
-    total = 0.0
-    for rows in deal(np.arange(len(data), dtype=np.int32), data.lengths, batch_size, 0, 1):
-        batch = data.batch(rows)
-        ids, labels = batch.input_ids.to(speaker.world.device), batch.labels.to(speaker.world.device)
-        total += float(speaker.model(ids, labels, lengths=batch.lengths))
-    return total / int(data.label_counts.sum())
 
 
 def exact_matches(speaker: Speaker, questions: Sequence[Question], max_new_tokens: int) -> int:

@@ -10,7 +10,7 @@ from typing import Final, Self
 import numpy as np
 import torch
 
-from kubetune_contract.config import RunConfig
+from kubetune_contract.config import DPOConfig, RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.progress import CheckpointStatus
@@ -131,7 +131,7 @@ def train_step(run: Run, step: int) -> bool:
         raise ConfigError([_too_many_passes(len(passes))])
     shares = []
     for indices in passes:
-        share = forward(run, run.data, indices) / weight
+        share = forward(run.model, run.world, run.data, indices, run.config.preference) / weight
         share[0].backward()  # type: ignore[no-untyped-call] # torch does not annotate it
         shares.append(share.detach())
     sums = torch.stack(shares).sum(dim=0).tolist()
@@ -151,14 +151,15 @@ def train_step(run: Run, step: int) -> bool:
     return stops > 0
 
 
-def forward(run: Run, data: Dataset, indices: Sequence[int]) -> torch.Tensor:
+def forward(
+    model: Llama, world: World, data: Dataset, indices: Sequence[int], preferences: DPOConfig | None
+) -> torch.Tensor:
     """The loss summed over what some rows weigh, in nats; 0 for none. [1]; with PREFERENCE_MEASURES [4]."""
     input_ids, labels, lengths = data.batch(indices)
-    input_ids, labels = input_ids.to(run.world.device), labels.to(run.world.device)
-    options = run.config.preference
-    if options is not None:
-        return preference(run.model, input_ids, labels, lengths, options)
-    loss: torch.Tensor = run.model(input_ids, labels, lengths=lengths)
+    input_ids, labels = input_ids.to(world.device), labels.to(world.device)
+    if preferences is not None:
+        return preference(model, input_ids, labels, lengths, preferences)
+    loss: torch.Tensor = model(input_ids, labels, lengths=lengths)
     return loss[None]
 
 
@@ -180,16 +181,21 @@ def validate(run: Run, step: int) -> float | None:
 
 
 def mean_loss(run: Run, data: Dataset) -> float:
-    """Mean loss per label token or pair, without dropout, in nats."""
+    """The run's model on some data, as measure() has it."""
+    return measure(run.model, run.world, data, run.config.training.batch_size, run.config.preference)
+
+
+def measure(model: Llama, world: World, data: Dataset, batch_size: int, preferences: DPOConfig | None = None) -> float:
+    """Mean loss per label token or pair, without dropout, in nats. All ranks must call it."""
     rows = np.arange(len(data), dtype=np.int32)
-    passes = deal(rows, data.lengths, run.config.training.batch_size, run.world.rank, run.world.size)
-    total = torch.zeros((), dtype=torch.float64, device=run.world.device)
-    run.model.eval()
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    training = model.training
+    model.eval()
     with torch.no_grad():
-        for indices in passes:
-            total += forward(run, data, indices)[0]
-    run.model.train()
-    (summed,) = all_sum(run.world, total.item())
+        for indices in deal(rows, data.lengths, batch_size, world.rank, world.size):
+            total += forward(model, world, data, indices, preferences)[0]
+    model.train(training)
+    (summed,) = all_sum(world, total.item())
     return summed / _weight(data, rows)
 
 

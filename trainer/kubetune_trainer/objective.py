@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kubetune_contract.config import DPOConfig
-from kubetune_trainer.model import Llama
+from kubetune_trainer.model import IGNORE, Llama
 from kubetune_trainer.peft import adapter_disabled
 
 PREFERENCE_MEASURES: Final = ("reward_chosen", "reward_rejected", "reward_accuracy")
@@ -39,4 +39,4 @@ def preference(model: Llama, input_ids: Tensor, labels: Tensor, lengths: Sequenc
 
 
 def _has_labels(labels: Tensor) -> bool:
-    return bool((labels >= 0).any())
+    return bool((labels != IGNORE).any())

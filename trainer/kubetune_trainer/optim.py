@@ -12,8 +12,8 @@ from kubetune_contract.config import TrainingConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_trainer.distributed import local_rows, whole_value
 
-_EIGHT_BIT: Final = {"AdamW8bit": "AdamW8bit", "PagedAdamW8bit": "PagedAdamW8bit"}
-"""Our names of bitsandbytes' optimizers, and its own."""
+_EIGHT_BIT: Final = ("AdamW8bit", "PagedAdamW8bit")
+"""bitsandbytes' optimizers, as it names them itself."""
 
 
 def check_optimizer(training: TrainingConfig, device: torch.device) -> None:
@@ -36,7 +36,7 @@ def check_optimizer(training: TrainingConfig, device: torch.device) -> None:
 def make_optimizer(params: Iterable[nn.Parameter], training: TrainingConfig) -> torch.optim.Optimizer:
     """AdamW over the trainable parameters, with its state in 8 bits and at work in the backward pass if so wished."""
     trainable = list(params)
-    make = _adamw if training.optimizer not in _EIGHT_BIT else RowsOptimizer
+    make = RowsOptimizer if training.optimizer in _EIGHT_BIT else _adamw
     return InBackward(trainable, training, make) if training.optimizer_in_backward else make(trainable, training)
 
 
@@ -71,7 +71,7 @@ class RowsOptimizer(torch.optim.Optimizer):
         super().__init__(params, _settings(training))
         self._rows = {param: nn.Parameter(local_rows(param)[0]) for param in params}
         stored = [rows for rows in self._rows.values() if rows.numel()]  # a small parameter may leave a rank without
-        kind = getattr(bitsandbytes.optim, _EIGHT_BIT[training.optimizer])
+        kind = getattr(bitsandbytes.optim, training.optimizer)
         self._inner: torch.optim.Optimizer = kind(stored or [nn.Parameter(torch.zeros(1))], **_settings(training))
         self.state = {param: self._inner.state[rows] for param, rows in self._rows.items()}  # type: ignore[assignment]
 

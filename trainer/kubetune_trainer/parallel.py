@@ -200,7 +200,7 @@ def make_mesh(world: World, training: TrainingConfig) -> DeviceMesh:
     return init_device_mesh(world.device.type, (nodes, world.local_size), mesh_dim_names=("replicate", "shard"))
 
 
-# --- precision and gradients ------------------------------------------------------------------------------------------
+# --- gradients --------------------------------------------------------------------------------------------------------
 
 
 def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:

@@ -235,9 +235,8 @@ def _check_fits(config: RunConfig, reader: WeightReader, world: World, data: Dat
     """Host memory is not judged: others share it, and it may be swapped."""
     if world.device.type == "cuda":
         _, memory = torch.cuda.mem_get_info(world.device)
-        per_node = int(os.environ.get("LOCAL_WORLD_SIZE", world.size))
         longest = int(data.lengths.max())
-        check_memory(config, reader.config(), world.size, per_node, memory=memory, longest=longest)
+        check_memory(config, reader.config(), world.size, world.local_size, memory=memory, longest=longest)
 
 
 # --- 5. resume ---

@@ -24,18 +24,12 @@ from kubetune_contract.config import (
     RunConfig,
     TrainingConfig,
 )
-from kubetune_contract.dataset import (
-    MIXTURE_RULE,
-    VOLUME_PATH_RULE,
-    DatasetOptions,
-    RowOptions,
-    ValidationOptions,
-    VolumePath,
-)
 from kubetune_contract.errors import explain
 from kubetune_contract.presets import preset_names
 from kubetune_contract.progress import CheckpointStatus, Progress, Result
 from kubetune_operator.errors import InvalidJob
+from kubetune_operator.sources import DatasetSpec, DnsName, ModelSource, ValidationSpec
+from kubetune_operator.workers import Workers
 
 GROUP: Final = "kubetune.io"
 VERSION: Final = "v1alpha1"
@@ -44,95 +38,11 @@ KIND: Final = "FineTuneJob"
 PLURAL: Final = "finetunejobs"
 SHORT_NAME: Final = "ftj"
 
-DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
-Quantity = Annotated[
-    Annotated[int, Field(ge=0)]
-    | Annotated[str, Field(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|Ki|[MGTPE]i?|e[0-9]+)?$", max_length=32)],
-    Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
-]
-"""An amount, such as 2, 500m or 16Gi."""
-
 
 class Overrides(NamedTuple):
     """Marks a mapping in the spec that may name any of the model's fields."""
 
     model: type[ContractModel]
-
-
-class SecretKey(ContractModel):
-    """One key of a Secret in the job's namespace."""
-
-    name: DnsName
-    """Name of the Secret."""
-    key: str = Field(default="token", min_length=1, max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")
-    """Key in the Secret."""
-
-
-class HuggingFaceSource(ContractModel):
-    """A model repository of the Hugging Face Hub."""
-
-    repo: str = Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$", max_length=256)
-    """Repository, as owner/name."""
-    revision: str = Field(default="main", pattern=r"^[A-Za-z0-9._/-]+$", max_length=256)
-    """Branch, tag or commit."""
-    ignore_patterns: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default=[], max_length=32)
-    """Files that are not downloaded, as shell patterns."""
-    token_secret_ref: SecretKey | None = None
-    """Access token for gated or private repositories."""
-
-
-class ModelSource(ContractModel):
-    """Where the base model comes from: exactly one of the two."""
-
-    volume_path: VolumePath | None = None
-    """Folder on the models volume that already holds the weights, in Hugging Face layout."""
-    hugging_face: HuggingFaceSource | None = None
-    """Repository to download onto the models volume, once for all jobs."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        VOLUME_PATH_RULE,
-        Rule(
-            cel="has(self.volumePath) != has(self.huggingFace)",
-            holds=lambda model: (model.volume_path is None) != (model.hugging_face is None),
-            message="model needs exactly one of volumePath and huggingFace",
-        ),
-    )
-
-
-class MixedDatasetSpec(RowOptions):
-    """A further dataset."""
-
-    volume_path: VolumePath
-    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
-
-
-class DatasetSpec(DatasetOptions):
-    """The training data and how they are read."""
-
-    volume_path: VolumePath
-    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
-    mixture: list[MixedDatasetSpec] = Field(default=[], max_length=16)
-    """Further datasets, mixed with this one by their weights."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (*DatasetOptions.rules, VOLUME_PATH_RULE, MIXTURE_RULE)
-
-
-class ValidationSpec(ValidationOptions):
-    """Held-out data: its loss is measured before the first step and after the last."""
-
-    volume_path: VolumePath | None = None
-    """File on the models volume, in the format of the training data."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        VOLUME_PATH_RULE,
-        Rule(
-            cel="has(self.volumePath) != has(self.fraction)",
-            holds=lambda validation: (validation.volume_path is None) != (validation.fraction is None),
-            message="exactly one of volumePath and fraction is required",
-        ),
-    )
 
 
 class Claim(ContractModel):
@@ -149,37 +59,6 @@ class Storage(ContractModel):
     """Holds models and data. Workers mount it read-only; only the staging Job writes there."""
     output: Claim
     """Takes checkpoints and results. Every node of the job must be able to mount it."""
-
-
-class Resources(ContractModel):
-    """Resources of one worker pod, as in a container."""
-
-    requests: dict[str, Quantity] = Field(default={}, max_length=32)
-    """What the scheduler sets aside."""
-    limits: dict[str, Quantity] = Field(default={}, max_length=32)
-    """What the pod may use at most."""
-
-
-class Workers(ContractModel):
-    """The gang that trains together."""
-
-    nodes: int = Field(default=1, ge=1, le=1024)
-    """Worker pods; all of them start and restart together."""
-    gpus_per_node: int = Field(default=0, ge=0, le=64)
-    """GPUs of each pod, one process per GPU. 0 trains on the CPU with one process per pod."""
-    resources: Resources = Resources()
-    """CPU and memory of each pod. GPUs are added from gpusPerNode."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (
-        Rule(
-            cel="!has(self.resources) || ["
-            "has(self.resources.requests) ? self.resources.requests : {}, "
-            "has(self.resources.limits) ? self.resources.limits : {}"
-            "].all(amounts, !('nvidia.com/gpu' in amounts))",
-            holds=lambda workers: "nvidia.com/gpu" not in {**workers.resources.requests, **workers.resources.limits},
-            message="resources must not name nvidia.com/gpu: set gpusPerNode",
-        ),
-    )
 
 
 class FailurePolicy(ContractModel):

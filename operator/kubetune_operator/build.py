@@ -13,9 +13,10 @@ from kubetune_contract.exit_codes import USER_ERRORS
 from kubetune_contract.presets import resolve
 from kubetune_contract.staging import StageSource
 from kubetune_operator import names
-from kubetune_operator.api import API_VERSION, KIND, DatasetSpec, FineTuneJob, HuggingFaceSource, ValidationSpec
+from kubetune_operator.api import API_VERSION, KIND, FineTuneJob
 from kubetune_operator.errors import InvalidJob
 from kubetune_operator.settings import Settings
+from kubetune_operator.sources import DatasetSpec, HuggingFaceSource, ValidationSpec
 
 Manifest = dict[str, Any]
 

@@ -4,7 +4,8 @@ import hashlib
 import json
 from typing import Any, Final
 
-from kubetune_operator.api import FineTuneJob, FineTuneJobSpec, HuggingFaceSource, ModelSource
+from kubetune_operator.api import FineTuneJob, FineTuneJobSpec
+from kubetune_operator.sources import HuggingFaceSource, ModelSource
 
 FIELD_MANAGER: Final = "kubetune"
 

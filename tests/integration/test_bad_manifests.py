@@ -8,7 +8,7 @@ from kubetune_contract.base import ContractModel
 from kubetune_contract.config import RunConfig, TargetModule, TrainingConfig
 from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
-from kubetune_operator import api, build
+from kubetune_operator import api, build, sources, workers
 from kubetune_operator.errors import InvalidJob
 
 UNCHECKED = (
@@ -335,11 +335,11 @@ MODELS: tuple[type[ContractModel], ...] = (
     RunConfig,
     TrainingConfig,
     PromptTemplate,
-    api.ModelSource,
-    api.DatasetSpec,
-    api.MixedDatasetSpec,
-    api.ValidationSpec,
-    api.Workers,
+    sources.ModelSource,
+    sources.DatasetSpec,
+    sources.MixedDatasetSpec,
+    sources.ValidationSpec,
+    workers.Workers,
 )
 AT_ONCE = {"optimizerInBackward": True, "gradientAccumulationSteps": 1, "maxGradientNorm": 0}
 BROKEN = {

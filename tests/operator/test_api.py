@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetune_contract.progress import Progress
-from kubetune_operator import api
+from kubetune_operator import api, workers
 from kubetune_operator.api import Display, duration
 from kubetune_operator.errors import InvalidJob
 
@@ -15,7 +15,7 @@ HUB = {"repo": "meta-llama/Llama-3.2-1B"}
 
 def test_the_smallest_spec_has_all_defaults(job):
     spec = job(preset=None, workers=None).spec
-    assert spec.workers == api.Workers(nodes=1, gpus_per_node=0)
+    assert spec.workers == workers.Workers(nodes=1, gpus_per_node=0)
     assert spec.failure_policy.max_restarts == 3
     assert spec.suspend is False
     assert spec.preset is None

@@ -21,7 +21,7 @@ from kubetune_contract.config import (
 )
 from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
-from kubetune_operator import api, crd, names
+from kubetune_operator import crd, names, sources, workers
 
 Schema = dict[str, Any]
 
@@ -172,8 +172,8 @@ def test_only_what_has_no_default_is_required(path):
 
 
 OVERRIDES = {
-    "spec.dataset": api.DatasetSpec,
-    "spec.validation": api.ValidationSpec,
+    "spec.dataset": sources.DatasetSpec,
+    "spec.validation": sources.ValidationSpec,
     "spec.adapter": AdapterConfig,
     "spec.training": TrainingConfig,
     "spec.checkpoint": CheckpointConfig,
@@ -239,12 +239,12 @@ def test_everything_that_a_rule_may_walk_over_has_a_limit(path):
 PLACES = {
     ".spec": RunConfig,
     ".spec.training": TrainingConfig,
-    ".spec.model": api.ModelSource,
-    ".spec.workers": api.Workers,
-    ".spec.dataset": api.DatasetSpec,
-    ".spec.dataset.mixture[]": api.MixedDatasetSpec,
+    ".spec.model": sources.ModelSource,
+    ".spec.workers": workers.Workers,
+    ".spec.dataset": sources.DatasetSpec,
+    ".spec.dataset.mixture[]": sources.MixedDatasetSpec,
     ".spec.dataset.promptTemplate": PromptTemplate,
-    ".spec.validation": api.ValidationSpec,
+    ".spec.validation": sources.ValidationSpec,
 }
 
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetune_operator import names
-from kubetune_operator.api import HuggingFaceSource, ModelSource, SecretKey
+from kubetune_operator.sources import HuggingFaceSource, ModelSource, SecretKey
 
 HUB = HuggingFaceSource(repo="meta-llama/Meta-Llama-3-8B")
 DNS_LABEL = re.compile(r"^[a-z]([-a-z0-9]{0,61}[a-z0-9])?$")

@@ -186,16 +186,28 @@ def ending(job: Manifest, pods: Iterable[Manifest]) -> Ending | None:
     """Why the failed or failing Job ended. None if no pod shows it: the caller may wait a moment for one."""
     end = ending_condition(job) or {}
     since = moment(end.get("lastTransitionTime"))
-    failed = [pod for pod in pods if _has_failed(pod) and cause_of(pod, since) is not Cause.COLLATERAL]
+    failed = _failed(pods, since)
     if not failed:
         return None
-    first = min(failed, key=lambda pod: (cause_of(pod, since), _finished(pod), index_of(pod)))
+    first = failed[0]
     cause = cause_of(first, since)
     if cause is Cause.UNCLEAR and len(failed) == 1:
         cause = Cause.REMOVED  # the others certainly went later
     if cause > Cause.DISRUPTION and "DisruptionTarget" in end.get("message", ""):
         return Ending(Cause.DISRUPTION, "Disruption", end["message"])
     return _told(cause, first)
+
+
+def culprit(job: Manifest, pods: Iterable[Manifest]) -> Manifest | None:
+    """The pod whose end is the best reason for the Job's; None if none shows one."""
+    failed = _failed(pods, moment((ending_condition(job) or {}).get("lastTransitionTime")))
+    return failed[0] if failed else None
+
+
+def _failed(pods: Iterable[Manifest], since: datetime | None) -> list[Manifest]:
+    """The pods that failed by themselves, the one that tells most first."""
+    failed = [pod for pod in pods if _has_failed(pod) and cause_of(pod, since) is not Cause.COLLATERAL]
+    return sorted(failed, key=lambda pod: (cause_of(pod, since), _finished(pod), index_of(pod)))
 
 
 def ending_by_job(job: Manifest) -> Ending:

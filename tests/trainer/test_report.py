@@ -5,12 +5,11 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from kubetune_contract.progress import Progress, Result, TerminationMessage
+from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import report
 from kubetune_trainer.distributed import World
 from kubetune_trainer.report import (
@@ -19,7 +18,6 @@ from kubetune_trainer.report import (
     Step,
     draw_losses,
     peak_memory,
-    progress_line,
     read_metrics,
     write_termination,
 )
@@ -48,51 +46,6 @@ class Terminal(io.StringIO):
 
 
 # --- lines ---
-
-LINES: dict[str, tuple[dict[str, Any], str]] = {
-    "half way": (
-        {
-            "step": 5,
-            "total_steps": 10,
-            "percentage": 50,
-            "loss": 1.23456,
-            "tokens_per_second": 980.4,
-            "label_tokens_per_second": 310.2,
-            "estimated_remaining_seconds": 12,
-        },
-        "[############............]  50%  step 5/10  loss 1.2346  980 tok/s (310 labels)  ETA 0:12",
-    ),
-    "hours to go": (
-        {
-            "step": 1,
-            "total_steps": 999,
-            "percentage": 0,
-            "loss": 11,
-            "tokens_per_second": 3,
-            "label_tokens_per_second": 1,
-            "estimated_remaining_seconds": 7325,
-        },
-        "[........................]   0%  step 1/999  loss 11.0000  3 tok/s (1 labels)  ETA 2:02:05",
-    ),
-    "done": (
-        {
-            "step": 9,
-            "total_steps": 9,
-            "percentage": 100,
-            "loss": 0,
-            "tokens_per_second": 1,
-            "label_tokens_per_second": 1,
-            "estimated_remaining_seconds": 0,
-        },
-        "[########################] 100%  step 9/9  loss 0.0000  1 tok/s (1 labels)  ETA 0:00",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", LINES)
-def test_the_progress_line(case: str) -> None:
-    values, expected = LINES[case]
-    assert progress_line(Progress(epoch=0, **values)) == expected
 
 
 def test_on_a_terminal_one_line_is_rewritten_until_the_end(tmp_path: Path) -> None:

@@ -9,8 +9,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
+from kubetune_contract import yaml_text
 from kubetune_contract.base import snake
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError, validated
@@ -47,7 +46,7 @@ def preset_text(name: str) -> str:
 
 def read_preset(name: str) -> dict[str, Any]:
     """The configuration's values. Raises ConfigError for a name that is not shipped."""
-    return yaml.safe_load(preset_text(name)) or {}
+    return yaml_text.parse(preset_text(name)) or {}
 
 
 def resolve(preset: str | None, overrides: Mapping[str, Any], spell: Callable[[str], str] = snake) -> RunConfig:

@@ -1,7 +1,6 @@
 """From `--config` and KEY=VALUE on the command line to the values of a configuration."""
 
 import difflib
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from kubetune_contract import yaml_text
 from kubetune_contract.base import snake
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.presets import config_names, lay_over, preset_text
@@ -80,18 +80,9 @@ def _shipped(config: str) -> str:
     return known_config(config)
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 1e-4 is a number (PyYAML follows 1.1 and wants 1.0e-4)."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
-)
-
-
 def _parse_file(text: str, name: str) -> dict[str, Any]:
     try:
-        values = yaml.load(text, _Loader) or {}  # noqa: S506 - a SafeLoader
+        values = yaml_text.parse(text) or {}
     except yaml.YAMLError as error:
         raise ConfigError([f"{name} is not YAML: {' '.join(str(error).split())}"]) from error
     if not isinstance(values, dict):
@@ -111,7 +102,7 @@ def _apply(selection: Selection, override: str) -> None:
     if not equals or not path:
         raise ValueError(f"{override}: an override is KEY=VALUE, such as training.epochs=3, or ~KEY")
     try:
-        value = yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        value = yaml_text.parse(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {text!r} is not a YAML value") from error
     set_value(selection.changes, path, _snake(value) if isinstance(value, Mapping) else value)

@@ -33,6 +33,7 @@ from kubetune_contract.paths import (
     TOKEN_MOUNT,
 )
 from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, TerminationMessage
+from kubetune_contract.progress_line import progress_line
 from kubetune_trainer.distributed import World
 from kubetune_trainer.loggers import Logger
 
@@ -43,7 +44,6 @@ POST_SECONDS: Final = 2.0
 POST_TIMEOUT: Final = 5.0
 _WINDOW_STEPS: Final = 20
 """Rates are means over so many steps."""
-_BAR_WIDTH: Final = 24
 
 
 @dataclass(frozen=True)
@@ -211,21 +211,6 @@ class Reporter:
             self._poster.post(ProgressReport(progress=progress, checkpoint=self._checkpoint))
             if trouble := self._poster.new_trouble():
                 self.say(f"the operator does not get the progress reports ({trouble}); the training goes on")
-
-
-def progress_line(progress: Progress) -> str:
-    """Bar, steps, loss, rates, time left.
-
-    `[######......]  50%  step 5/10  loss 1.2345  980 tok/s (310 labels)  ETA 0:12`
-    """
-    filled = _BAR_WIDTH * progress.percentage // 100
-    bar = "#" * filled + "." * (_BAR_WIDTH - filled)
-    minutes, seconds = divmod(progress.estimated_remaining_seconds or 0, 60)
-    eta = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}" if minutes >= 60 else f"{minutes}:{seconds:02}"
-    return (
-        f"[{bar}] {progress.percentage:3}%  step {progress.step}/{progress.total_steps}  loss {progress.loss:.4f}  "
-        f"{progress.tokens_per_second:.0f} tok/s ({progress.label_tokens_per_second:.0f} labels)  ETA {eta}"
-    )
 
 
 def peak_memory(device: torch.device) -> int:

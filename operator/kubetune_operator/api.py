@@ -61,15 +61,31 @@ class Storage(ContractModel):
     """Takes checkpoints and results. Every node of the job must be able to mount it."""
 
 
+Seconds = Annotated[int, Field(le=1_000_000_000)]
+"""A time span. Its limit, 31 years, keeps sums with times of day representable."""
+
+
 class FailurePolicy(ContractModel):
-    """What happens when a worker is lost. Errors that only a person can repair are never retried."""
+    """What happens when a worker is lost, and how long the job waits for its workers. Errors that only a person can
+    repair are never retried."""
 
     max_restarts: int = Field(default=3, ge=0, le=1000)
     """Crashes after which the gang restarts from its newest checkpoint. Evictions and lost nodes are not counted."""
+    startup_deadline_seconds: Seconds | None = Field(default=None, ge=1)
+    """Seconds in which the staging pod, and then each attempt's workers, must be up. Else everything is freed and the
+    job fails for the reason that kept them. A suspended or queued job does not wait for its workers. Without it the
+    job waits as long as it takes."""
+    progress_deadline_seconds: Seconds | None = Field(default=None, ge=1)
+    """Seconds in which running workers must finish a step; loading the model comes before the first one, validation
+    between two, and what follows the last step is not judged. Else the gang restarts from its newest checkpoint, which
+    counts as a crash. Needs the operator's progress endpoint."""
+
+
+CleanPodPolicy = Literal["Running", "All", "None"]
 
 
 class FineTuneJobSpec(ContractModel):
-    """One fine-tuning run. It cannot be changed later, except for suspend."""
+    """One fine-tuning run. Little of it can be changed later."""
 
     preset: str | None = Field(default=None, json_schema_extra={"enum": list(preset_names())})
     """A named configuration; the training sections below override it field by field."""
@@ -103,7 +119,18 @@ class FineTuneJobSpec(ContractModel):
     storage: Storage
     """The volumes of the job."""
     failure_policy: FailurePolicy = FailurePolicy()
-    """What happens when a worker is lost."""
+    """What happens when a worker is lost, and how long the job waits for its workers."""
+    active_deadline_seconds: Seconds | None = Field(default=None, ge=1)
+    """Seconds after which a job that has not ended is stopped and fails. Staging, waiting for workers and restarts
+    count; time in which the job is suspended or queued does not."""
+    ttl_seconds_after_finished: Seconds | None = Field(default=None, ge=0)
+    """Seconds after its end when the FineTuneJob is deleted with all that it owns; what is on the volumes stays.
+    Without it, it stays until somebody deletes it."""
+    clean_pod_policy: CleanPodPolicy = "Running"
+    """What is removed at the end. No policy lets workers of an ended job run on. Running: an attempt that is not over
+    goes with all its pods; Jobs and pods that have ended stay for their logs, as do ConfigMap and Service. All: every
+    Job with its pods, the ConfigMap and the Service go. None: nothing goes but the running pods of an attempt that is
+    stopped; its Job and its ended pods stay."""
     suspend: bool = False
     """True frees the workers after a checkpoint; false goes on from there."""
 
@@ -211,6 +238,14 @@ class FineTuneJobStatus(ContractModel):
     """When the present attempt's Job was first seen; absent while it waits to be created."""
     next_attempt_time: datetime | None = None
     """Earliest time at which the next attempt is created, while one waits."""
+    active_seconds: int = 0
+    """Seconds that count for activeDeadlineSeconds, without those since activeSince."""
+    active_since: datetime | None = None
+    """Since when time counts for activeDeadlineSeconds; absent while it does not."""
+    waiting_since: datetime | None = None
+    """Since when the staging pod or the workers are asked for and not up; absent while nothing is waited for."""
+    last_step_time: datetime | None = None
+    """When the operator last heard of a new step of the present attempt."""
     restarts: int = 0
     """Restarts of the gang after crashes."""
     disruptions: int = 0
@@ -229,6 +264,8 @@ class FineTuneJobStatus(ContractModel):
     """Folder of this run on the output volume."""
     result: Result | None = None
     """What the run left behind. Paths are on the output volume."""
+    clean_up_time: datetime | None = None
+    """When cleanPodPolicy All was carried out."""
 
 
 class FineTuneJob(NamedTuple):

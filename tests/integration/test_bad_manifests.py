@@ -1,5 +1,6 @@
 """What `kubectl apply` prints for a manifest that cannot work, word by word."""
 
+import re
 from typing import get_args
 
 import pytest
@@ -8,7 +9,7 @@ from kubetune_contract.base import ContractModel
 from kubetune_contract.config import RunConfig, TargetModule, TrainingConfig
 from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
-from kubetune_operator import api, build, sources, workers
+from kubetune_operator import api, build, changes, sources, workers
 from kubetune_operator.errors import InvalidJob
 
 UNCHECKED = (
@@ -385,3 +386,70 @@ def test_python_and_the_api_server_refuse_with_the_same_words(apply, manifest, s
     (problem,) = caught.value.problems
     words = problem[problem.index(start) :]
     assert told == f'The FineTuneJob "rule" is invalid: {told.split(": ")[1]}: Invalid value: {words}'
+
+
+# --- changes ----------------------------------------------------------------------------------------------------------
+
+UPDATES = {
+    "the preset": ({}, {"preset": "llama3/8B_lora"}),
+    "a section that goes": ({"training": {"epochs": 2}}, {}),
+    "the clean-up": ({}, {"cleanPodPolicy": "All"}),
+    "the nodes of a job that runs": ({}, {"workers": {"nodes": 4}}),
+    "the resources of a job that runs": (
+        {"workers": {"resources": {"limits": {"cpu": 1}}}},
+        {"workers": {"resources": {"limits": {"cpu": 2}}}},
+    ),
+    "the GPUs of a job that runs": ({}, {"workers": {"gpusPerNode": 1}}),
+    "the nodes of a job that was resumed before": ({"suspend": False}, {"suspend": False, "workers": {"nodes": 2}}),
+}
+
+
+@pytest.mark.parametrize("case", UPDATES)
+def test_python_and_the_api_server_refuse_a_change_with_the_same_words(apply, manifest, case):
+    name = re.sub(r"\W", "-", case)
+    before, after = (manifest(name, **made) for made in UPDATES[case])
+    assert apply(before).returncode == 0
+    answer = apply(after)
+    specs = (api.FineTuneJobSpec.model_validate(body["spec"]) for body in (after, before))
+    (problem,) = changes.problems(*specs)
+    assert (answer.returncode, answer.stderr.strip()) == (1, refusal(name, [f"spec: Invalid value: {problem}"]))
+
+
+def test_what_may_be_changed_step_by_step(apply, manifest):
+    """Each update is about the one before it."""
+    gpus = {"workers": {"nodes": 4, "gpusPerNode": 2, "resources": {"limits": {"cpu": "500m"}}}}
+    limits = {"activeDeadlineSeconds": 60, "ttlSecondsAfterFinished": 0}
+    policy = {"failurePolicy": {"maxRestarts": 0, "startupDeadlineSeconds": 5, "progressDeadlineSeconds": 5}}
+    steps = [{}, limits, {}, {**limits, **policy}, {"suspend": True}, {"suspend": True, **gpus}, gpus]
+    for changed in steps:
+        answer = apply(manifest("free", **changed))
+        assert answer.returncode == 0, answer.stderr
+
+
+BOUNDS = {
+    "a job that may never run": ({"activeDeadlineSeconds": 0}, "spec.activeDeadlineSeconds", "1"),
+    "a step in no time": (
+        {"failurePolicy": {"progressDeadlineSeconds": 0}},
+        "spec.failurePolicy.progressDeadlineSeconds",
+        "1",
+    ),
+    "workers in no time": (
+        {"failurePolicy": {"startupDeadlineSeconds": 0}},
+        "spec.failurePolicy.startupDeadlineSeconds",
+        "1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BOUNDS)
+def test_kubectl_refuses_a_deadline_that_is_over_at_once(apply, manifest, case):
+    changed, field, least = BOUNDS[case]
+    line = f"{field}: Invalid value: 0: {field} in body should be greater than or equal to {least}"
+    answer = apply(manifest("bad", **changed))
+    assert (answer.returncode, answer.stderr.strip()) == (1, refusal("bad", [line]))
+
+
+def test_kubectl_refuses_a_clean_up_that_does_not_exist(apply, manifest):
+    answer = apply(manifest("bad", cleanPodPolicy="Finished"))
+    line = 'spec.cleanPodPolicy: Unsupported value: "Finished": supported values: "Running", "All", "None"'
+    assert (answer.returncode, answer.stderr.strip()) == (1, refusal("bad", [line, UNCHECKED]))

@@ -51,6 +51,7 @@ def test_the_status_is_read_back_as_it_was_written(job):
         ],
         "startTime": "2030-01-01T11:58:00Z",
         "attempt": 2,
+        "activeSeconds": 30,
         "restarts": 1,
         "disruptions": 0,
         "progress": {"step": 10, "totalSteps": 40, "epoch": 0.25, "percentage": 25, "loss": 1.5},

@@ -21,7 +21,7 @@ from kubetune_contract.config import (
 )
 from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
-from kubetune_operator import crd, names, sources, workers
+from kubetune_operator import changes, crd, names, sources, workers
 
 Schema = dict[str, Any]
 
@@ -114,6 +114,9 @@ BOUNDS = {
     "spec.workers.resources.limits": {"type": "object", "maxProperties": 32, "default": {}},
     "spec.failurePolicy": {"default": {}},
     "spec.failurePolicy.maxRestarts": {"default": 3},
+    "spec.failurePolicy.progressDeadlineSeconds": {"type": "integer", "minimum": 1, "maximum": 1000000000},
+    "spec.ttlSecondsAfterFinished": {"type": "integer", "minimum": 0, "maximum": 1000000000},
+    "spec.cleanPodPolicy": {"enum": ["Running", "All", "None"], "default": "Running"},
     "spec.suspend": {"type": "boolean", "default": False},
     "spec.preset": {"type": "string", "enum": list(preset_names())},
     "spec.method": {"type": "string", "enum": ["Full", "LoRA", "DoRA", "QLoRA", "QDoRA"]},
@@ -268,10 +271,14 @@ def test_a_message_without_values_stands_as_it_is():
     assert crd._validation(rule) == {"rule": "has(self.a)", "message": 'say "a"'}
 
 
-def test_nothing_but_suspend_can_be_changed():
-    transitions = [rule for rule in NODES[".spec"]["x-kubernetes-validations"] if "oldSelf" in rule["rule"]]
-    fixed = [rule["message"].split(" ")[0].removeprefix("spec.") for rule in transitions]
-    assert sorted([*fixed, "suspend"]) == sorted(ROOT["properties"]["spec"]["properties"])
+def test_every_rule_about_changes_stands_in_the_schema():
+    found = [rule for rule in NODES[".spec"]["x-kubernetes-validations"] if "oldSelf" in rule["rule"]]
+    assert found == [{"rule": rule.cel, "message": rule.message} for rule in changes.transitions()]
+
+
+def test_every_field_is_free_to_change_or_has_a_rule():
+    ruled = {rule.message.split(" ")[0].removeprefix("spec.").split(".")[0] for rule in changes.transitions()}
+    assert sorted([*ruled, *changes.ALWAYS]) == sorted(ROOT["properties"]["spec"]["properties"])
 
 
 def test_a_field_without_a_docstring_stops_the_generator():

@@ -14,16 +14,7 @@ import kopf
 
 from kubetune_contract.progress import ProgressReport
 from kubetune_operator.cluster import Cluster
-from kubetune_operator.handlers import (
-    Manifest,
-    Reconciler,
-    Store,
-    keys_of_child,
-    kopf_settings,
-    registry_for,
-    resync,
-    work,
-)
+from kubetune_operator.handlers import kopf_settings, registry_for, resync, work
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import (
     ProgressServer,
@@ -33,7 +24,9 @@ from kubetune_operator.progress import (
     serve,
     server_context,
 )
+from kubetune_operator.reconciler import Reconciler, keys_of_child
 from kubetune_operator.settings import Settings, SettingsError
+from kubetune_operator.store import Manifest, Store
 from kubetune_operator.workqueue import WorkQueue
 
 log = logging.getLogger("kubetune_operator")

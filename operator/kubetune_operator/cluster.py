@@ -1,52 +1,28 @@
-"""The API server, and nobody else talks to it: cached Jobs and pods, creates, applies, status, events, token reviews.
+"""What the API server has of FineTuneJobs and their children: cached Jobs and pods, creates, applies, status, events.
 
-Requests go through the official asynchronous client, but with plain JSON objects: its models cost memory and time and
-add nothing to what the planner reads.
+Token reviews too: everything that the operator asks the API server for goes through here.
 """
 
 import asyncio
 import hashlib
 import json
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, Final, NamedTuple, Self
-
-import aiohttp
-from kubernetes.aio import client as kubernetes
-from kubernetes.aio import config as kubernetes_config
+from collections.abc import AsyncIterator, Callable, Hashable
+from typing import Final, NamedTuple, Self
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
-from kubetune_operator.api import API_VERSION, GROUP, KIND, PLURAL, VERSION
-from kubetune_operator.errors import ApiError, Expired, NameTaken, Unreachable
+from kubetune_operator.api import API_VERSION, KIND
+from kubetune_operator.connection import MERGE, Connection, Manifest, path_of
+from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, ROLE_LABEL, STAGE
 from kubetune_operator.watch import ObjectCache
 
-Manifest = dict[str, Any]
-
-TIMEOUT_SECONDS: Final = 30.0
-"""Of one request; the client's own default is 300 s."""
 WATCH_SECONDS: Final = 300
 """After which the server ends a watch, so that a silent one is noticed."""
-SILENCE_SECONDS: Final = 120.0
-"""A watch on which not even a bookmark came for so long is opened anew. Bookmarks come every minute."""
 TOKEN_CACHE_SECONDS: Final = 60.0
 MEMORY_SIZE: Final = 10000
 """Tokens, and Events, that are remembered. More of them are all forgotten: that costs only requests."""
 JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
-
-_COLLECTIONS: Final = {
-    "Job": ("/apis/batch/v1", "jobs"),
-    "Pod": ("/api/v1", "pods"),
-    "Service": ("/api/v1", "services"),
-    "ConfigMap": ("/api/v1", "configmaps"),
-    "Event": ("/api/v1", "events"),
-    KIND: (f"/apis/{GROUP}/{VERSION}", PLURAL),
-}
-_JSON: Final = "application/json"
-_APPLY: Final = "application/apply-patch+yaml"
-_MERGE: Final = "application/merge-patch+json"
 
 
 class PodIdentity(NamedTuple):
@@ -55,13 +31,6 @@ class PodIdentity(NamedTuple):
     namespace: str
     pod: str
     uid: str
-
-
-def path_of(kind: str, namespace: str | None = None, name: str | None = None, part: str | None = None) -> str:
-    """The URL path of a collection or an object."""
-    base, plural = _COLLECTIONS[kind]
-    parts = [base, f"namespaces/{namespace}" if namespace else None, plural, name, part]
-    return "/".join(item for item in parts if item)
 
 
 def worker_group(namespace: str, name: str) -> Hashable:
@@ -84,27 +53,22 @@ def group_of(manifest: Manifest) -> Hashable:
 
 
 class Cluster:
-    """One connection to the API server."""
+    """The objects of one cluster, or of one of its namespaces."""
 
-    def __init__(self, client: Any, namespace: str | None, changed: Callable[[Manifest], None]) -> None:
+    def __init__(self, connection: Connection, namespace: str | None, changed: Callable[[Manifest], None]) -> None:
         """`namespace` is the only one to watch, None is all. `changed` hears of every change of a child."""
-        self._client = client
+        self.connection = connection
         self._namespace = namespace
         self._applied: dict[tuple[str, str, str], str] = {}
         self._tokens: dict[str, tuple[float, PodIdentity | None]] = {}
         self._posted: dict[tuple[str, str, str, str], tuple[str, int]] = {}
-        self.jobs = ObjectCache(_Children(self, "Job"), group_of, changed)
-        self.pods = ObjectCache(_Children(self, "Pod"), group_of, changed)
+        self.jobs = ObjectCache(_Children(connection, path_of("Job", namespace)), group_of, changed)
+        self.pods = ObjectCache(_Children(connection, path_of("Pod", namespace)), group_of, changed)
 
     @classmethod
     async def connect(cls, namespace: str | None, changed: Callable[[Manifest], None]) -> Self:
         """Connect from within a pod by its account, from elsewhere by KUBECONFIG."""
-        configuration = kubernetes.Configuration()
-        if "KUBERNETES_SERVICE_HOST" in os.environ:
-            kubernetes_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        else:
-            await kubernetes_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
-        return cls(kubernetes.ApiClient(configuration), namespace, changed)
+        return cls(await Connection.open(), namespace, changed)
 
     async def run(self) -> None:
         """Keep the caches fresh until cancelled."""
@@ -124,18 +88,18 @@ class Cluster:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._client.close()
+        await self.connection.close()
 
     # ------------------------------------------------------------ FineTuneJobs
 
     async def list_finetunejobs(self) -> list[Manifest]:
         """All FineTuneJobs."""
-        answer = await self.request("GET", path_of(KIND, self._namespace))
+        answer = await self.connection.request("GET", path_of(KIND, self._namespace))
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in answer["items"]]
 
     async def get_finetunejob(self, namespace: str, name: str) -> Manifest | None:
         """The FineTuneJob as it is now; None if there is none."""
-        return await self._get(KIND, namespace, name)
+        return await self.connection.get(KIND, namespace, name)
 
     async def write_status(self, body: Manifest, status: Manifest) -> Manifest:
         """Replace our part of the status of the FineTuneJob, if it is still as in `body`; its new body.
@@ -146,7 +110,7 @@ class Cluster:
         metadata = {key: body["metadata"][key] for key in ("name", "namespace", "resourceVersion")}
         manifest = {"apiVersion": API_VERSION, "kind": KIND, "metadata": metadata, "status": status}
         path = path_of(KIND, metadata["namespace"], metadata["name"], "status")
-        return await self._apply(path, manifest, FIELD_MANAGER)
+        return await self.connection.apply(path, manifest, FIELD_MANAGER)
 
     # ------------------------------------------------------------ children
 
@@ -158,13 +122,15 @@ class Cluster:
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         try:
-            answer = await self.request("POST", path_of(kind, namespace), {"fieldManager": FIELD_MANAGER}, manifest)
+            answer = await self.connection.request(
+                "POST", path_of(kind, namespace), {"fieldManager": FIELD_MANAGER}, manifest
+            )
         except ApiError as error:
             if error.status != 409:
                 raise
             answer = await self._existing(kind, namespace, name, metadata["ownerReferences"][0]["uid"])
             if kind != "Job":
-                answer = await self._apply(path_of(kind, namespace, name), manifest, FIELD_MANAGER)
+                answer = await self.connection.apply(path_of(kind, namespace, name), manifest, FIELD_MANAGER)
         self._saw(kind, answer)
         self._applied[(kind, namespace, name)] = _digest(manifest)
 
@@ -173,27 +139,27 @@ class Cluster:
         kind, metadata = manifest["kind"], manifest["metadata"]
         key, digest = (kind, metadata["namespace"], metadata["name"]), _digest(manifest)
         if self._applied.get(key) != digest:
-            await self._apply(path_of(*key), manifest, FIELD_MANAGER)
+            await self.connection.apply(path_of(*key), manifest, FIELD_MANAGER)
             self._applied[key] = digest
 
     async def share(self, manifest: Manifest, manager: str) -> None:
         """Apply a shared child under a field manager of its own, so that owners add up."""
         metadata = manifest["metadata"]
         path = path_of(manifest["kind"], metadata["namespace"], metadata["name"])
-        self._saw(manifest["kind"], await self._apply(path, manifest, manager))
+        self._saw(manifest["kind"], await self.connection.apply(path, manifest, manager))
 
     async def suspend(self, namespace: str, name: str, uid: str, suspended: bool) -> None:
         """Suspend or resume a child Job, if it is still the one with that uid."""
         body = {"metadata": {"uid": uid}, "spec": {"suspend": suspended}}
         query = {"fieldManager": FIELD_MANAGER}
         path = path_of("Job", namespace, name)
-        self._saw("Job", await self.request("PATCH", path, query, body, _MERGE))
+        self._saw("Job", await self.connection.request("PATCH", path, query, body, MERGE))
 
     async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
         """Delete a child and what depends on it, if it is still the one with that uid."""
         body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
         try:
-            await self.request("DELETE", path_of(kind, namespace, name), {}, body)
+            await self.connection.request("DELETE", path_of(kind, namespace, name), {}, body)
         except ApiError as error:
             if error.status not in (404, 409):
                 raise
@@ -205,7 +171,7 @@ class Cluster:
                 self._applied.pop((kind, namespace, name), None)
 
     async def _existing(self, kind: str, namespace: str, name: str, owner: str) -> Manifest:
-        found = await self._get(kind, namespace, name)
+        found = await self.connection.get(kind, namespace, name)
         if found is None:
             raise ApiError(409, f"{kind} {name} was deleted while it was looked at")
         if all(reference["uid"] != owner for reference in found["metadata"].get("ownerReferences") or []):
@@ -229,7 +195,7 @@ class Cluster:
             if count:
                 again = {"count": count + 1, "lastTimestamp": now}
                 path = path_of("Event", body["metadata"]["namespace"], name)
-                await self.request("PATCH", path, {}, again, _MERGE)
+                await self.connection.request("PATCH", path, {}, again, MERGE)
         except ApiError as error:
             if error.status != 404:  # events live for an hour
                 raise
@@ -237,7 +203,7 @@ class Cluster:
         if not count:
             event = _event(body, kind, reason, message, now)
             name = event["metadata"]["name"]
-            await self.request("POST", path_of("Event", body["metadata"]["namespace"]), {}, event)
+            await self.connection.request("POST", path_of("Event", body["metadata"]["namespace"]), {}, event)
         if len(self._posted) >= MEMORY_SIZE:
             self._posted.clear()
         self._posted[key] = (name, count + 1)
@@ -250,84 +216,23 @@ class Cluster:
             return known[1]
         spec = {"token": token, "audiences": [TOKEN_AUDIENCE]}
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
-        answer = await self.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, review)
+        answer = await self.connection.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, review)
         if len(self._tokens) >= MEMORY_SIZE:
             self._tokens.clear()
         identity = _identity(answer.get("status", {}))
         self._tokens[digest] = (now, identity)
         return identity
 
-    # ------------------------------------------------------------ requests
-
-    async def request(
-        self,
-        method: str,
-        path: str,
-        query: Mapping[str, str] | None = None,
-        body: Manifest | None = None,
-        content_type: str = _JSON,
-    ) -> Manifest:
-        """One request and its JSON answer. Raises ApiError or Unreachable."""
-        with _reaching(path):
-            async with await self._open(
-                method, path, query=query, body=body, content_type=content_type, timeout=TIMEOUT_SECONDS
-            ) as response:
-                answer: Manifest = json.loads(await response.read() or b"{}")
-                return answer
-
-    async def stream(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Manifest]:
-        """The JSON documents of a watch, line by line. Raises ApiError or Unreachable."""
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=SILENCE_SECONDS)
-        with _reaching(path):
-            async with await self._open(
-                "GET", path, query=query, body=None, content_type=_JSON, timeout=timeout
-            ) as response:
-                async for line in response.content:
-                    yield json.loads(line)
-
-    def children_path(self, kind: str) -> str:
-        """The collection of child Jobs or pods that is watched."""
-        return path_of(kind, self._namespace)
-
-    async def _open(
-        self, method: str, path: str, *, query: Any, body: Any, content_type: str, timeout: Any
-    ) -> aiohttp.ClientResponse:
-        arguments = await self._client.param_serialize(
-            method=method,
-            resource_path=path,
-            query_params=list((query or {}).items()),
-            header_params={"Accept": _JSON, "Content-Type": content_type},
-            body=body,
-            auth_settings=["BearerToken"],
-        )
-        answer = await self._client.call_api(*arguments, _request_timeout=timeout)
-        response: aiohttp.ClientResponse = answer.response
-        if response.status >= 400:
-            raise ApiError(response.status, _told(await response.read(), response.reason))
-        return response
-
-    async def _get(self, kind: str, namespace: str, name: str) -> Manifest | None:
-        try:
-            return await self.request("GET", path_of(kind, namespace, name))
-        except ApiError as error:
-            if error.status == 404:
-                return None
-            raise
-
-    async def _apply(self, path: str, manifest: Manifest, manager: str) -> Manifest:
-        return await self.request("PATCH", path, {"fieldManager": manager, "force": "true"}, manifest, _APPLY)
-
 
 class _Children:
     """List and watch of one kind of children."""
 
-    def __init__(self, cluster: Cluster, kind: str) -> None:
-        self._cluster = cluster
-        self._kind = kind
+    def __init__(self, connection: Connection, path: str) -> None:
+        self._connection = connection
+        self._path = path
 
     async def list(self) -> Manifest:
-        query = {"labelSelector": ROLE_LABEL}
-        return await self._cluster.request("GET", self._cluster.children_path(self._kind), query)
+        return await self._connection.request("GET", self._path, {"labelSelector": ROLE_LABEL})
 
     async def watch(self, resource_version: str) -> AsyncIterator[Manifest]:
         query = {
@@ -338,7 +243,7 @@ class _Children:
             "timeoutSeconds": str(WATCH_SECONDS),
         }
         try:
-            async for event in self._cluster.stream(self._cluster.children_path(self._kind), query):
+            async for event in self._connection.stream(self._path, query):
                 if event["type"] == "ERROR":
                     raise ApiError(event["object"].get("code", 500), event["object"].get("message", ""))
                 yield event
@@ -367,15 +272,6 @@ def _event(body: Manifest, kind: str, reason: str, message: str, now: str) -> Ma
     }
 
 
-@contextmanager
-def _reaching(path: str) -> Iterator[None]:
-    """Whatever can happen to a connection, as one error."""
-    try:
-        yield
-    except (aiohttp.ClientError, TimeoutError, OSError, json.JSONDecodeError) as error:
-        raise Unreachable(f"no answer from the API server to {path}: {error or type(error).__name__}") from error
-
-
 def _identity(status: Manifest) -> PodIdentity | None:
     """A wrong token is answered too: only `authenticated` for our audience counts."""
     if status.get("authenticated") is not True or TOKEN_AUDIENCE not in (status.get("audiences") or []):
@@ -387,13 +283,6 @@ def _identity(status: Manifest) -> PodIdentity | None:
     if not pods or not uids or parts[:2] != ["system", "serviceaccount"]:
         return None
     return PodIdentity(namespace=parts[2], pod=pods[0], uid=uids[0])
-
-
-def _told(text: bytes, reason: str | None) -> str:
-    try:
-        return str(json.loads(text)["message"])
-    except (ValueError, KeyError, TypeError):
-        return reason or "no reason given"
 
 
 def _digest(manifest: Manifest) -> str:

@@ -28,10 +28,12 @@ class NameTaken(OperatorError):
 
 
 class ApiError(OperatorError):
-    """The API server refused a request. `status` is the HTTP code."""
+    """The API server refused a request: HTTP code, its words, and the seconds that it wants us to wait."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, retry_after: float | None = None) -> None:
         self.status = status
+        self.message = message
+        self.retry_after = retry_after
         super().__init__(f"{status}: {message}")
 
 

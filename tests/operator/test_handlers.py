@@ -6,18 +6,10 @@ from typing import Any
 import pytest
 
 from kubetune_operator.errors import ApiError, Unreachable
-from kubetune_operator.handlers import (
-    Store,
-    key_of,
-    keys_of_child,
-    kopf_settings,
-    registry_for,
-    resync,
-    take_event,
-    take_list,
-    work,
-)
+from kubetune_operator.handlers import kopf_settings, registry_for, resync, take_event, take_list, work
 from kubetune_operator.metrics import Metrics
+from kubetune_operator.reconciler import keys_of_child
+from kubetune_operator.store import Store, key_of
 from kubetune_operator.workqueue import WorkQueue
 
 Object = dict[str, Any]

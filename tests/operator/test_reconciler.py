@@ -11,12 +11,11 @@ from kubernetes.aio import client as kubernetes
 from kubetune_contract.progress import Progress, ProgressReport, Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
 from kubetune_operator.cluster import Cluster
-from kubetune_operator.handlers import (
-    Reconciler,
-    Store,
-)
+from kubetune_operator.connection import Connection
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import ProgressStore
+from kubetune_operator.reconciler import Reconciler
+from kubetune_operator.store import Store
 
 Object = dict[str, Any]
 STAGED = StagedModel(path="models/llama", architecture="LlamaForCausalLM", parameters=1, bytes=1)
@@ -116,7 +115,7 @@ async def stage(settings, tmp_path):
         await server.start_server()
         configuration = kubernetes.Configuration()
         configuration.host = str(server.make_url("")).rstrip("/")
-        cluster = Cluster(kubernetes.ApiClient(configuration), None, lambda _: None)
+        cluster = Cluster(Connection(kubernetes.ApiClient(configuration)), None, lambda _: None)
         cleanups.extend([cluster.close, server.close])
         return Stage(api, cluster, chosen)
 

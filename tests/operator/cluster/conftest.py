@@ -10,6 +10,7 @@ from aiohttp.test_utils import TestServer
 from kubernetes.aio import client as kubernetes
 
 from kubetune_operator.cluster import Cluster
+from kubetune_operator.connection import Connection
 
 Object = dict[str, Any]
 DEADLINE = 5.0
@@ -128,7 +129,7 @@ async def connect(server):
         configuration = kubernetes.Configuration()
         configuration.host = server.url
         told: list[Object] = []
-        cluster = Cluster(kubernetes.ApiClient(configuration), namespace, told.append)
+        cluster = Cluster(Connection(kubernetes.ApiClient(configuration)), namespace, told.append)
         cluster.told = told
         clusters.append(cluster)
         return cluster

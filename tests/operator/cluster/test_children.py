@@ -6,7 +6,8 @@ import pytest
 from aiohttp import web
 
 from kubetune_operator import build, names
-from kubetune_operator.cluster import group_of, path_of, stage_group, worker_group
+from kubetune_operator.cluster import group_of, stage_group, worker_group
+from kubetune_operator.connection import path_of
 from kubetune_operator.errors import ApiError, NameTaken
 
 Object = dict[str, Any]

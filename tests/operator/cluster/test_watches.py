@@ -129,13 +129,13 @@ async def test_half_a_line_is_no_answer(connect, server):
 
     server.stream = broken
     with pytest.raises(Unreachable, match="no answer from the API server"):
-        async for _ in cluster.stream("/api/v1/pods", {"watch": "true"}):
+        async for _ in cluster.connection.stream("/api/v1/pods", {"watch": "true"}):
             pass
 
 
 async def test_a_server_that_is_not_there_is_unreachable(connect, server):
     cluster = connect()
-    cluster._client.configuration.host = "http://127.0.0.1:9"
+    cluster.connection._client.configuration.host = "http://127.0.0.1:9"
     with pytest.raises(Unreachable):
         await cluster.get_finetunejob("team", "bot")
 

@@ -1,7 +1,7 @@
 """Random histories of a cluster and of an operator that dies between any two of its writes.
 
 The cluster is a model of the Job controller and the kubelet, as far as the planner can see them: objects in wire form,
-and caches that lag behind them. The operator carries out plans write by write, in the order of handlers.py.
+and caches that lag behind them. The operator carries out plans write by write, in the order of reconciler.py.
 """
 
 from datetime import timedelta

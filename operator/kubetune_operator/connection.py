@@ -1,0 +1,143 @@
+"""The connection to the API server: plain JSON requests and streams, and every failure as an error of ours.
+
+Requests go through the official asynchronous client, but with plain JSON objects: its models cost memory and time and
+add nothing to what the planner reads.
+"""
+
+import json
+import os
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Final, Self
+
+import aiohttp
+from kubernetes.aio import client as kubernetes
+from kubernetes.aio import config as kubernetes_config
+
+from kubetune_operator.api import GROUP, KIND, PLURAL, VERSION
+from kubetune_operator.errors import ApiError, Unreachable
+
+Manifest = dict[str, Any]
+
+TIMEOUT_SECONDS: Final = 30.0
+"""Of one request; the client's own default is 300 s."""
+SILENCE_SECONDS: Final = 120.0
+"""A watch on which not even a bookmark came for so long is opened anew. Bookmarks come every minute."""
+JSON: Final = "application/json"
+APPLY: Final = "application/apply-patch+yaml"
+MERGE: Final = "application/merge-patch+json"
+
+_COLLECTIONS: Final = {
+    "Job": ("/apis/batch/v1", "jobs"),
+    "Pod": ("/api/v1", "pods"),
+    "Service": ("/api/v1", "services"),
+    "ConfigMap": ("/api/v1", "configmaps"),
+    "Event": ("/api/v1", "events"),
+    KIND: (f"/apis/{GROUP}/{VERSION}", PLURAL),
+}
+
+
+def path_of(kind: str, namespace: str | None = None, name: str | None = None, part: str | None = None) -> str:
+    """The URL path of a collection or an object."""
+    base, plural = _COLLECTIONS[kind]
+    parts = [base, f"namespaces/{namespace}" if namespace else None, plural, name, part]
+    return "/".join(item for item in parts if item)
+
+
+class Connection:
+    """Requests under one account."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    @classmethod
+    async def open(cls) -> Self:
+        """Connect from within a pod by its account, from elsewhere by KUBECONFIG."""
+        configuration = kubernetes.Configuration()
+        if "KUBERNETES_SERVICE_HOST" in os.environ:
+            kubernetes_config.load_incluster_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        else:
+            await kubernetes_config.load_kube_config(client_configuration=configuration)  # type: ignore[no-untyped-call]
+        return cls(kubernetes.ApiClient(configuration))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._client.close()
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        query: Mapping[str, str] | None = None,
+        body: Manifest | None = None,
+        content_type: str = JSON,
+    ) -> Manifest:
+        """One request and its JSON answer. Raises ApiError or Unreachable."""
+        with _reaching(path):
+            async with await self._open(
+                method, path, query=query, body=body, content_type=content_type, timeout=TIMEOUT_SECONDS
+            ) as response:
+                answer: Manifest = json.loads(await response.read() or b"{}")
+                return answer
+
+    async def stream(self, path: str, query: Mapping[str, str]) -> AsyncIterator[Manifest]:
+        """The JSON documents of a watch, line by line. Raises ApiError or Unreachable."""
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=TIMEOUT_SECONDS, sock_read=SILENCE_SECONDS)
+        with _reaching(path):
+            async with await self._open(
+                "GET", path, query=query, body=None, content_type=JSON, timeout=timeout
+            ) as response:
+                async for line in response.content:
+                    yield json.loads(line)
+
+    async def get(self, kind: str, namespace: str, name: str) -> Manifest | None:
+        """The object as it is now; None if there is none. Raises ApiError or Unreachable."""
+        try:
+            return await self.request("GET", path_of(kind, namespace, name))
+        except ApiError as error:
+            if error.status == 404:
+                return None
+            raise
+
+    async def apply(self, path: str, manifest: Manifest, manager: str) -> Manifest:
+        """Server-side apply under a field manager; the object as it is then. Raises ApiError or Unreachable."""
+        return await self.request("PATCH", path, {"fieldManager": manager, "force": "true"}, manifest, APPLY)
+
+    async def _open(
+        self, method: str, path: str, *, query: Any, body: Any, content_type: str, timeout: Any
+    ) -> aiohttp.ClientResponse:
+        arguments = await self._client.param_serialize(
+            method=method,
+            resource_path=path,
+            query_params=list((query or {}).items()),
+            header_params={"Accept": JSON, "Content-Type": content_type},
+            body=body,
+            auth_settings=["BearerToken"],
+        )
+        answer = await self._client.call_api(*arguments, _request_timeout=timeout)
+        response: aiohttp.ClientResponse = answer.response
+        if response.status >= 400:
+            told = _told(await response.read(), response.reason)
+            raise ApiError(response.status, told, _seconds(response.headers.get("Retry-After")))
+        return response
+
+
+@contextmanager
+def _reaching(path: str) -> Iterator[None]:
+    """Whatever can happen to a connection, as one error."""
+    try:
+        yield
+    except (aiohttp.ClientError, TimeoutError, OSError, json.JSONDecodeError) as error:
+        raise Unreachable(f"no answer from the API server to {path}: {error or type(error).__name__}") from error
+
+
+def _told(text: bytes, reason: str | None) -> str:
+    try:
+        return str(json.loads(text)["message"])
+    except (ValueError, KeyError, TypeError):
+        return reason or "no reason given"
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """The seconds of a Retry-After header. The API server never writes the header's other form, a date."""
+    return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None

@@ -1,0 +1,216 @@
+"""From a key to writes: observe, plan, act, tell.
+
+What is done follows from what is observed when a worker gets to the key, and from nothing that led there.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+from kubetune_operator.api import KIND, FineTuneJob, FineTuneJobSpec, FineTuneJobStatus, parse
+from kubetune_operator.cluster import Cluster, stage_group, worker_group
+from kubetune_operator.diagnosis import is_live
+from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError
+from kubetune_operator.metrics import Metrics
+from kubetune_operator.names import (
+    ATTEMPT_LABEL,
+    JOB_LABEL,
+    ROLE_LABEL,
+    STAGE,
+    WORKER,
+    config_map_name,
+    service_name,
+    stage_manager,
+    stage_name,
+)
+from kubetune_operator.plan import Observed, Plan, plan, refuse
+from kubetune_operator.progress import ProgressStore
+from kubetune_operator.settings import Settings
+from kubetune_operator.status import is_finished
+from kubetune_operator.store import Store, key_of
+from kubetune_operator.watch import version
+
+Manifest = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class Reconciler:
+    """Brings one FineTuneJob at a time one step further."""
+
+    def __init__(
+        self, cluster: Cluster, store: Store, progress: ProgressStore, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._cluster = cluster
+        self._store = store
+        self._progress = progress
+        self._settings = settings
+        self._metrics = metrics
+        self._conflicts: dict[str, str] = {}
+
+    async def reconcile(self, key: str) -> float | None:
+        """Observe, plan, act, write. Returns after how many seconds time alone may change the plan.
+
+        Raises OperatorError where the API server did not do its part.
+        """
+        body = self._store.get(key)
+        if body is None:
+            self._forget(key)
+            return None
+        decided = self._plan(body)
+        if any(manifest["kind"] == "Job" for manifest in decided.apply) and not await self._is_current(body):
+            return 0.0
+        try:
+            await self._act(body, decided)
+            self._conflicts.pop(key, None)
+        except NameTaken as taken:
+            self._conflicts[key] = str(taken)
+            decided = self._plan(body)  # which says so, and when to try again
+        told = await self._tell(body, decided)
+        # What a new status makes possible is planned from it; its event is no news, it was taken in already.
+        return self._settings.debounce_seconds if told else decided.requeue_after
+
+    def _plan(self, body: Manifest) -> Plan:
+        now = datetime.now(UTC)
+        try:
+            job = parse(body)
+        except InvalidJob as error:
+            return refuse(_unread(body), error.problems, self._settings, now)
+        return plan(job, self.observe(job), self._settings, now, self._ca_pem())
+
+    def observe(self, job: FineTuneJob) -> Observed:
+        """What the caches know of the job's children."""
+        jobs, pods = self._cluster.jobs, self._cluster.pods
+        name = stage_name(job.spec.model, job.spec.storage.models.claim_name)
+        stage, group = jobs.get(job.namespace, name), worker_group(job.namespace, job.name)
+        owned = {_attempt(child): child for child in jobs.group(group) if _owner_uid(child) == job.uid}
+        gone = [child for child in jobs.gone(group) if _owner_uid(child) == job.uid]
+        uids = {child["metadata"]["uid"] for child in (*owned.values(), *gone)}
+        report = self._progress.shown(job.key, max(1, job.status.attempt), time.monotonic())
+        return Observed(
+            stage_job=stage,
+            stage_shared=stage is not None and self._is_shared(stage, job),
+            stage_pods=[pod for pod in pods.group(stage_group(job.namespace, name)) if _belongs(pod, stage)],
+            attempt_jobs=owned,
+            pods=[pod for pod in pods.group(group) if _owner_uid(pod) in uids or is_live(pod)],
+            gone_pods=[pod for pod in pods.gone(group) if _owner_uid(pod) in uids],
+            progress=report,
+            conflict=self._conflicts.get(job.key),
+        )
+
+    def _is_shared(self, stage: Manifest, job: FineTuneJob) -> bool:
+        owners = stage["metadata"].get("ownerReferences") or []
+        others = [owner for owner in owners if owner["uid"] != job.uid]
+        return any(self._store.needs_staging(job.namespace, owner) for owner in others)
+
+    def _ca_pem(self) -> str:
+        file = self._settings.ca_file
+        return file.read_text() if file is not None else ""
+
+    async def _is_current(self, body: Manifest) -> bool:
+        """Whether the plan rests on the newest body. A Job is created for nothing less."""
+        metadata = body["metadata"]
+        fresh = await self._cluster.get_finetunejob(metadata["namespace"], metadata["name"])
+        if fresh is None:
+            self._store.remove(key_of(body), metadata["uid"])
+            return False
+        self._store.offer(fresh)
+        return version(fresh) == version(body)
+
+    async def _act(self, body: Manifest, decided: Plan) -> None:
+        namespace = body["metadata"]["namespace"]
+        creates = any(_role(manifest) == WORKER for manifest in decided.apply if manifest["kind"] == "Job")
+        for manifest in decided.apply:
+            if manifest["kind"] == "Job" and _role(manifest) != WORKER:
+                await self._cluster.share(manifest, stage_manager(_unread(body)))
+            elif creates:
+                await self._cluster.create(manifest)
+            else:
+                await self._cluster.keep(manifest)
+        for suspension in decided.suspend:
+            await self._cluster.suspend(namespace, *suspension)
+        for deletion in decided.delete:
+            await self._cluster.delete(deletion.kind, namespace, deletion.name, deletion.uid)
+
+    async def _tell(self, body: Manifest, decided: Plan) -> bool:
+        """Write the status and post the events that explain it, if it changed; whether it did."""
+        if decided.status == FineTuneJobStatus.model_validate(body.get("status") or {}):
+            return False
+        try:
+            answer = await self._cluster.write_status(body, decided.status.to_dict())
+        except ApiError as error:
+            if error.status in (404, 409):
+                await self._is_current(body)
+            raise
+        self._metrics.status_writes.inc()
+        self._store.offer(answer)
+        if is_finished(decided.status):
+            self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
+        for event in decided.events:
+            try:
+                await self._cluster.post_event(body, event.type, event.reason, event.message)
+            except OperatorError as error:  # the conditions say the same: an event is not worth a second try
+                log.warning("%s: cannot post event %s: %s", key_of(body), event.reason, error)
+        return True
+
+    def _forget(self, key: str) -> None:
+        namespace, _, name = key.partition("/")
+        self._conflicts.pop(key, None)
+        self._progress.forget(key)
+        self._metrics.forget(namespace, name)
+        self._cluster.forget(namespace, [config_map_name(name), service_name(name)])
+
+
+def keys_of_child(manifest: Manifest, stage_job_of: Callable[[str, str], Manifest | None]) -> list[str]:
+    """The FineTuneJobs that a child Job or pod is about."""
+    metadata = manifest["metadata"]
+    namespace, labels = metadata["namespace"], metadata.get("labels", {})
+    if labels.get(ROLE_LABEL) != STAGE:
+        return [f"{namespace}/{labels[JOB_LABEL]}"] if JOB_LABEL in labels else []
+    if manifest.get("kind") != "Job" and _owner_kind(manifest) == "Job":
+        stage = stage_job_of(namespace, labels.get("batch.kubernetes.io/job-name", ""))
+        return keys_of_child(stage, stage_job_of) if stage is not None else []
+    owners = metadata.get("ownerReferences") or []
+    return [f"{namespace}/{owner['name']}" for owner in owners if owner["kind"] == KIND]
+
+
+def _unread(body: Manifest) -> FineTuneJob:
+    """The FineTuneJob of a body whose spec is not looked at."""
+    metadata = body["metadata"]
+    return FineTuneJob(
+        namespace=metadata["namespace"],
+        name=metadata["name"],
+        uid=metadata["uid"],
+        generation=metadata.get("generation", 1),
+        deleting="deletionTimestamp" in metadata,
+        spec=FineTuneJobSpec.model_construct(),  # type: ignore[call-arg]
+        status=FineTuneJobStatus.model_validate(body.get("status") or {}),
+    )
+
+
+def _role(manifest: Manifest) -> str | None:
+    role: str | None = manifest["metadata"].get("labels", {}).get(ROLE_LABEL)
+    return role
+
+
+def _attempt(child: Manifest) -> int:
+    return int(child["metadata"]["labels"][ATTEMPT_LABEL])
+
+
+def _controller(child: Manifest) -> Manifest:
+    owners = child["metadata"].get("ownerReferences") or []
+    return next((owner for owner in owners if owner.get("controller")), {})
+
+
+def _owner_uid(child: Manifest) -> str | None:
+    return _controller(child).get("uid")
+
+
+def _owner_kind(child: Manifest) -> str | None:
+    return _controller(child).get("kind")
+
+
+def _belongs(pod: Manifest, job: Manifest | None) -> bool:
+    return job is not None and _owner_uid(pod) == job["metadata"]["uid"]

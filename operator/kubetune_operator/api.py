@@ -29,7 +29,7 @@ from kubetune_contract.presets import preset_names
 from kubetune_contract.progress import CheckpointStatus, Progress, Result
 from kubetune_operator.errors import InvalidJob
 from kubetune_operator.sources import DatasetSpec, DnsName, ModelSource, ValidationSpec
-from kubetune_operator.workers import Workers
+from kubetune_operator.workers import Queue, Workers
 
 GROUP: Final = "kubetune.io"
 VERSION: Final = "v1alpha1"
@@ -116,6 +116,8 @@ class FineTuneJobSpec(ContractModel):
     """A window of steps to record."""
     workers: Workers = Workers()
     """The gang that trains together."""
+    queue: Queue | None = None
+    """Kueue's queue in which the workers wait for quota; without one they start at once."""
     storage: Storage
     """The volumes of the job."""
     failure_policy: FailurePolicy = FailurePolicy()

@@ -183,6 +183,8 @@ def structural(raw: Schema) -> Schema:
         exclusive = f"exclusive{bound.capitalize()}"
         if exclusive in raw:
             schema |= {bound: raw[exclusive], exclusive: True}
+    if "patternProperties" in raw:  # which a structural schema lacks: the operator judges the keys
+        raw = {**raw, "additionalProperties": next(iter(raw["patternProperties"].values()))}
     for child in ("items", "additionalProperties"):
         if isinstance(raw.get(child), dict):
             schema[child] = structural(raw[child])

@@ -40,6 +40,12 @@ class Settings(ContractModel):
     """When the trainer's image is pulled."""
     image_pull_secrets: Names = Field(default=[])
     """Secrets, in the FineTuneJob's namespace, that open the trainer image's registry; separated by commas."""
+    allow_service_accounts: Names = Field(default=[])
+    """ServiceAccounts that FineTuneJobs may name for their pods; separated by commas, `*` allows all."""
+    allow_host_network: bool = False
+    """Whether FineTuneJobs may ask for their nodes' own network; their namespace must allow such pods too."""
+    allow_rdma: bool = False
+    """Whether FineTuneJobs may ask to pin memory for RDMA; their namespace must allow such pods too."""
     hub_endpoint: str | None = Field(default=None, pattern=r"^https?://")
     """Base URL of the model hub that staging downloads from, in place of the Hugging Face Hub."""
     namespace: str = Field(min_length=1)

@@ -369,13 +369,14 @@ def test_alone_an_error_is_told_as_it_is(alone: World) -> None:
 
 
 def test_the_trainer_needs_no_model_library_and_starts_lean() -> None:
-    """transformers and peft are the tests' peers; matplotlib and the hub's client wait until they are used."""
+    """transformers and peft are the tests' peers; matplotlib, the hub's client and sharding wait until they are used."""
     unwanted = (
         "transformers",
         "peft",
         "matplotlib",
         "huggingface_hub",
         "torch.distributed.checkpoint.state_dict_saver",
+        "torch.distributed.tensor",
     )
     code = f"import sys, kubetune_trainer.train; sys.exit(', '.join(set({unwanted}) & set(sys.modules)) or 0)"
     done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False)

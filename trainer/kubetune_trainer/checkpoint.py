@@ -24,7 +24,7 @@ import torch.distributed as dist
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.paths import CHECKPOINTS_DIR
 from kubetune_contract.progress import CheckpointStatus
-from kubetune_trainer.distributed import World, barrier, broadcast_object
+from kubetune_trainer.distributed import World, barrier, broadcast_object, sharded_modules
 from kubetune_trainer.shards import sync
 
 MANIFEST_FILE: Final = "manifest.json"
@@ -287,11 +287,8 @@ def _by_rank(optimizer: torch.optim.Optimizer) -> bool:
 
 def _reshard(model: torch.nn.Module) -> None:
     """After a forward pass without a backward pass (validation) FSDP leaves whole copies in its parameters' places."""
-    from torch.distributed.fsdp import FSDPModule
-
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for module in sharded_modules(model):
+        module.reshard()
 
 
 def _create_state(optimizer: torch.optim.Optimizer) -> None:

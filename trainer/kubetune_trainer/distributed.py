@@ -1,17 +1,21 @@
 """The processes of one run: who am I, how many are we, and the few collectives that the loop needs."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeGuard, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 
 from kubetune_contract.exit_codes import ExitCode, JobError
+
+if TYPE_CHECKING:  # a run on one device never imports them: they take 0.7 s and 43 MiB
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 T = TypeVar("T")
 
@@ -178,13 +182,25 @@ def is_peer_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in text for words in _LOST_WORDS)
 
 
+def is_distributed(tensor: object) -> "TypeGuard[DTensor]":
+    """Whether FSDP has made the tensor a DTensor."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def sharded_modules(model: nn.Module) -> "list[FSDPModule]":
+    """The modules that FSDP shards on their own, the root first."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [] if fsdp is None else [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
+
+
 def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
     """The rows of `parameter` that this process stores, to be written in place, and the number of the first of them.
 
     A plain tensor is stored whole. FSDP2 shards dimension 0 as torch.chunk does: all but the last shards are equal.
     With copies on several nodes (HSDP) only the mesh dimension inside a node counts.
     """
-    if not isinstance(parameter, DTensor):
+    if not is_distributed(parameter):
         return parameter.detach(), 0
     local, mesh = parameter.to_local().detach(), parameter.device_mesh
     dimension = next(number for number, placement in enumerate(parameter.placements) if placement.is_shard())
@@ -194,12 +210,12 @@ def local_rows(parameter: Tensor) -> tuple[Tensor, int]:
 
 def whole_value(scalar: Tensor) -> float:
     """The value of a possibly distributed scalar. All ranks must call it."""
-    return (scalar.full_tensor() if isinstance(scalar, DTensor) else scalar).item()
+    return (scalar.full_tensor() if is_distributed(scalar) else scalar).item()
 
 
 def full_tensor(parameter: Tensor, world: World) -> Tensor | None:
     """The whole of a possibly sharded parameter, on the CPU of rank 0; None elsewhere. All ranks must call it."""
     whole = parameter.detach()
-    if isinstance(whole, DTensor):
+    if is_distributed(whole):
         whole = whole.full_tensor()
     return whole.cpu() if world.is_main else None

@@ -6,9 +6,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 
-from kubetune_trainer.distributed import World, all_sum, broadcast_object
+from kubetune_trainer.distributed import World, all_sum, broadcast_object, sharded_modules
 from kubetune_trainer.model import KeyValueCache, Llama
 
 Choose = Callable[[Tensor], int]
@@ -97,7 +96,7 @@ def gathered(model: Llama, world: World) -> Iterator[None]:
 
     Where the whole model is more than half of any rank's free device memory, nothing changes. All ranks call it alike.
     """
-    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = sharded_modules(model)
     (too_large,) = all_sum(world, float(not _fits(model, world)))
     if not sharded or too_large:
         yield

@@ -4,24 +4,24 @@ import os
 import shutil
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from kubetune_contract.config import RunConfig, TrainingConfig
 from kubetune_contract.errors import ConfigError
-from kubetune_trainer.distributed import World, ensure_group
+from kubetune_trainer.distributed import World, ensure_group, is_distributed, sharded_modules
 from kubetune_trainer.estimate import embedding_on_host
 from kubetune_trainer.hub import WeightReader, load_weights
 from kubetune_trainer.model import Llama
 from kubetune_trainer.peft import add_lora, init_adapter
 from kubetune_trainer.precision import choose_precision
 from kubetune_trainer.quant import load_packed, quantize
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def build(config: RunConfig, reader: WeightReader, world: World) -> Llama:
@@ -166,6 +166,8 @@ def shard(model: Llama, world: World, dtype: torch.dtype, training: TrainingConf
     Products are computed in `dtype`; gradients are SUMMED over the processes in float32. (FSDP's default is their mean,
     which is wrong when processes have different numbers of label tokens.)
     """
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     mesh = make_mesh(world, training)
     # Nothing is cast where the weights have the dtype already: an adapter is gathered in float32 (a magnitude in bf16
     # would be 0.4 % off), and so are the scales of packed weights.
@@ -175,13 +177,12 @@ def shard(model: Llama, world: World, dtype: torch.dtype, training: TrainingConf
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=offload)
     fully_shard(model, mesh=mesh, mp_policy=policy, offload_policy=offload)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def make_mesh(world: World, training: TrainingConfig) -> DeviceMesh:
+def make_mesh(world: World, training: TrainingConfig) -> "DeviceMesh":
     """All processes in a row, or for Hybrid (nodes, processes of a node): copies across nodes, shards inside each.
 
     A single process gets a group of its own. Raises ConfigError where Hybrid meets nodes of different sizes.
@@ -194,6 +195,8 @@ def make_mesh(world: World, training: TrainingConfig) -> DeviceMesh:
                 f"the {world.local_size} on this node: set it to Full"
             ]
         )
+    from torch.distributed.device_mesh import init_device_mesh
+
     ensure_group(world)
     if training.sharding == "Full" or nodes == 1:
         return init_device_mesh(world.device.type, (world.size,))
@@ -209,7 +212,7 @@ def clip_gradients(parameters: list[nn.Parameter], max_norm: float) -> float:
     0 only measures. Gradients may be sharded: then all ranks must call it and get the same number.
     """
     norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-    if isinstance(norm, DTensor):
+    if is_distributed(norm):
         norm = norm.full_tensor()
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)

@@ -14,11 +14,10 @@ from typing import Any, Final, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from kubetune_contract.config import QuantizationConfig
 from kubetune_trainer.architecture import ModelError
-from kubetune_trainer.distributed import World, full_tensor, local_rows
+from kubetune_trainer.distributed import World, full_tensor, is_distributed, local_rows
 from kubetune_trainer.hub import WeightReader
 
 BLOCK: Final = 64
@@ -198,8 +197,10 @@ def _nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _whole(local: Tensor, like: Tensor) -> Tensor:
     """The rows of all processes, where `local` are this one's and lie as those of the parameter `like`. Collective."""
-    if not isinstance(like, DTensor):
+    if not is_distributed(like):
         return local
+    from torch.distributed.tensor import DTensor
+
     shape = torch.Size((like.shape[0], *local.shape[1:]))
     mesh, placements = like.device_mesh, like.placements
     shards = local.to(mesh.device_type)

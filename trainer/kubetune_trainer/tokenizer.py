@@ -1,5 +1,6 @@
 """The tokenizer of a model folder, in Hugging Face's or Meta's format, and its chat template."""
 
+import ctypes
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -180,11 +181,23 @@ def _backend(folder: Path) -> tuple[Any, str]:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise ModelError(f"{path} is not a tokenizer: {error}") from error
+    _release_heap()
     backend.no_truncation()
     backend.no_padding()
     begin = "".join(backend.encode("").tokens)
     backend.post_processor = None
     return backend, begin
+
+
+def _release_heap() -> None:
+    """Give the heap's free pages back to the system, where the C library can.
+
+    Reading a tokenizer takes twice of what it keeps, and glibc would hold the rest for ever: 16 MiB of each process for
+    a vocabulary of 49,152.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

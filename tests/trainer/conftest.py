@@ -90,7 +90,7 @@ def write_llama(folder: Path, *, dtype: torch.dtype = torch.float32, shards: int
     """A Llama folder with random weights: TINY with `changes`, in one file or in `shards` with an index."""
     from safetensors.torch import save_file
 
-    from kubetune_trainer.architecture import LlamaConfig
+    from kubetune_contract.architecture import LlamaConfig
 
     values = TINY | changes
     folder.mkdir(parents=True, exist_ok=True)

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from kubetune_contract.architecture import LlamaConfig
 from kubetune_contract.config import RunConfig
+from kubetune_contract.estimate import embedding_on_host
 from kubetune_trainer import model as model_module
 from kubetune_trainer import parallel
-from kubetune_trainer.architecture import LlamaConfig
 from kubetune_trainer.distributed import World
-from kubetune_trainer.estimate import embedding_on_host
 from kubetune_trainer.model import Documents, Llama
 from kubetune_trainer.optim import make_optimizer
 from kubetune_trainer.peft import trainable

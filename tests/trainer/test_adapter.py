@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import JobError
 from kubetune_trainer import shards
 from kubetune_trainer.adapter import Adapter
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.convert import merge, quantize
 from kubetune_trainer.distributed import World
 from kubetune_trainer.export import export_adapter

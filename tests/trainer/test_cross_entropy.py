@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kubetune_trainer.architecture import HEAD_CHUNK
+from kubetune_contract.architecture import HEAD_CHUNK
 from kubetune_trainer.cross_entropy import linear_cross_entropy
 
 CHUNKS = {

@@ -1,19 +1,31 @@
 """The memory estimate: against traces of the real code, and what it says where memory is too small."""
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tests.trainer.memory_trace import trace_step
 
+from kubetune_contract.architecture import LlamaConfig
 from kubetune_contract.config import RunConfig, TrainingConfig
-from kubetune_trainer.architecture import LlamaConfig
-from kubetune_trainer.estimate import GIB, Estimate, embedding_on_host, estimate
+from kubetune_contract.estimate import GIB, Estimate, embedding_on_host, estimate
 from kubetune_trainer.families import FAMILIES
 from kubetune_trainer.model import Llama
 
-SMALL = LlamaConfig(97, 48, 80, 2, 6, 2, 8, 1e-5, 1e4, None, False, 512)
+SMALL = LlamaConfig(
+    vocab_size=97,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    rope_scaling=None,
+    tie_word_embeddings=False,
+    max_position_embeddings=512,
+)
 B8 = FAMILIES["llama3/8B"]
 
 
@@ -33,36 +45,39 @@ FULL: dict[str, Any] = {"activation_checkpointing": "Full"}
 TRACED: dict[str, tuple[LlamaConfig, dict[str, Any]]] = {
     "8B LoRA as the presets have it": (B8, FULL),
     "8B QLoRA as the presets have it": (B8, FULL | {"method": "QLoRA"}),
-    "two blocks of 8B, nothing computed again": (replace(B8, num_hidden_layers=2), {}),
+    "two blocks of 8B, nothing computed again": (B8.model_copy(update={"num_hidden_layers": 2}), {}),
     "two blocks of 8B, a short micro-batch, whose peak is the loss": (
-        replace(B8, num_hidden_layers=2),
+        B8.model_copy(update={"num_hidden_layers": 2}),
         FULL | {"batch_size": 1, "max_sequence_length": 512},
     ),
     "two blocks of 8B, every weight in bf16": (
-        replace(B8, num_hidden_layers=2),
+        B8.model_copy(update={"num_hidden_layers": 2}),
         FULL | {"method": "Full", "master_weights": "BF16"},
     ),
-    "two blocks of 8B in fp32": (replace(B8, num_hidden_layers=2), FULL | {"precision": "FP32"}),
+    "two blocks of 8B in fp32": (B8.model_copy(update={"num_hidden_layers": 2}), FULL | {"precision": "FP32"}),
     "two blocks of 8B, rank 64 with dropout on attention alone": (
-        replace(B8, num_hidden_layers=2),
+        B8.model_copy(update={"num_hidden_layers": 2}),
         FULL | {"adapter": {"rank": 64, "dropout": 0.1, "target_modules": ["q_proj", "v_proj"]}},
     ),
     "two blocks of 8B, dropout on all layers, nothing computed again": (
-        replace(B8, num_hidden_layers=2),
+        B8.model_copy(update={"num_hidden_layers": 2}),
         {"adapter": {"dropout": 0.1}},
     ),
-    "two blocks of 8B, DoRA, nothing computed again": (replace(B8, num_hidden_layers=2), {"method": "DoRA"}),
+    "two blocks of 8B, DoRA, nothing computed again": (
+        B8.model_copy(update={"num_hidden_layers": 2}),
+        {"method": "DoRA"},
+    ),
     "two blocks of 8B, QDoRA with dropout, short rows, one level of scales": (
-        replace(B8, num_hidden_layers=2),
+        B8.model_copy(update={"num_hidden_layers": 2}),
         FULL
         | {"method": "QDoRA", "adapter": {"dropout": 0.1}, "quantization": {"double": False}, "batch_size": 1}
         | {"max_sequence_length": 1024},
     ),
     "two blocks of 8B, selective checkpointing": (
-        replace(B8, num_hidden_layers=2),
+        B8.model_copy(update={"num_hidden_layers": 2}),
         {"activation_checkpointing": "Selective"},
     ),
-    "1B with its tied head": (replace(FAMILIES["llama3_2/1B"], num_hidden_layers=2), FULL),
+    "1B with its tied head": (FAMILIES["llama3_2/1B"].model_copy(update={"num_hidden_layers": 2}), FULL),
 }
 
 
@@ -195,7 +210,7 @@ PLACES: dict[str, tuple[dict[str, Any], int, bool, bool]] = {
 
 @pytest.mark.parametrize(("changes", "processes", "tied", "on_host"), PLACES.values(), ids=PLACES)
 def test_the_embedding_stays_on_the_host_where_it_is_only_read(changes, processes, tied, on_host):
-    architecture = replace(SMALL, tie_word_embeddings=tied)
+    architecture = SMALL.model_copy(update={"tie_word_embeddings": tied})
     assert embedding_on_host(settings(**changes), architecture, processes) is on_host
 
 

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from tests.trainer.conftest import ALL_LINEAR
 from torch import Tensor
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.config import RunConfig
 from kubetune_trainer import shards
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.distributed import World, local_rows
 from kubetune_trainer.export import export_adapter, export_model
 from kubetune_trainer.hub import WeightReader, check_model

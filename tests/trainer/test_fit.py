@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from kubetune_contract.estimate import GIB, estimate
 from kubetune_contract.exit_codes import ExitCode
+from kubetune_contract.fit import DoesNotFitError, check_memory, remedies
 from kubetune_trainer import train
 from kubetune_trainer.cli import main
 from kubetune_trainer.distributed import World
-from kubetune_trainer.estimate import GIB, estimate
 from kubetune_trainer.families import FAMILIES, known
-from kubetune_trainer.fit import DoesNotFitError, check_memory, remedies
 
 from .test_estimate import B8, FULL, settings
 

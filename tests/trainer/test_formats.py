@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.dataset import RowOptions
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.formats import Formatter, Question
 from kubetune_trainer.rows import RowError
 from kubetune_trainer.tokenizer import Tokenizer

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 from kubetune_trainer.hub import WeightReader, check_model, load_weights
 from kubetune_trainer.model import Llama
 

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.staging import StageSource, StagingManifest
 from kubetune_trainer import distributed
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.hub import WeightReader, check_model, load_weights
 from kubetune_trainer.model import Llama
 from kubetune_trainer.stage import stage
@@ -333,7 +333,7 @@ REAL = {
 @pytest.mark.parametrize(("sizes", "inner", "parameters"), REAL.values(), ids=REAL.keys())
 def test_published_params_give_the_published_sizes(sizes: tuple[Any, ...], inner: int, parameters: int) -> None:
     """Counted with a head of its own; of 3.2 the head is the embedding, 262,668,288 and 394,002,432 fewer."""
-    from kubetune_trainer.architecture import LlamaConfig
+    from kubetune_contract.architecture import LlamaConfig
     from kubetune_trainer.meta_files import hugging_face_config
     from kubetune_trainer.stored import StoredTensor
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kubetune_trainer.architecture import LlamaConfig, ModelError
+from kubetune_contract.architecture import LlamaConfig, ModelError
 from kubetune_trainer.distributed import World
 from kubetune_trainer.hub import WeightReader, load_weights
 from kubetune_trainer.model import IGNORE, KeyValueCache, Llama, swiglu

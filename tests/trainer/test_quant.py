@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.config import QuantizationConfig, RunConfig
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.distributed import World, full_tensor, local_rows
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.model import Llama

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 from kubetune_trainer.tiktoken_files import PATTERN, special_tokens, write_hugging_face
 from kubetune_trainer.tokenizer import Message, Tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 from kubetune_trainer.tokenizer import Message, Tokenizer
 
 CAPITALS: list[Message] = [

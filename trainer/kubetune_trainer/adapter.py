@@ -6,8 +6,8 @@ from typing import Any, Final
 
 from torch import Tensor, nn
 
+from kubetune_contract.architecture import LlamaConfig, ModelError
 from kubetune_contract.config import AdapterConfig
-from kubetune_trainer.architecture import LlamaConfig, ModelError
 from kubetune_trainer.distributed import local_rows
 from kubetune_trainer.hub import WeightReader, missing_folder, read_json
 from kubetune_trainer.peft import lora_layers, merge, peft_name

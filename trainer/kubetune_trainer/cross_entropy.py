@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kubetune_trainer.architecture import HEAD_CHUNK
+from kubetune_contract.architecture import HEAD_CHUNK
 
 Pair = tuple[Tensor, Tensor]
 """Factors of a product x @ weight.T: x [..., K] and weight [V, K]."""

@@ -16,8 +16,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.exit_codes import ExitCode, JobError
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.hub import check_model
 from kubetune_trainer.remote import Repository, SourceDeniedError, Words, hub_errors, literal
 

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+from kubetune_contract.architecture import LlamaConfig
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError
+from kubetune_contract.estimate import GIB, estimate
 from kubetune_contract.exit_codes import ExitCode
+from kubetune_contract.fit import NO_REMEDY, remedies
 from kubetune_trainer import meta_files, migration, recipes, torchrun
-from kubetune_trainer.architecture import LlamaConfig
-from kubetune_trainer.estimate import GIB, estimate
 from kubetune_trainer.families import FAMILIES, known
-from kubetune_trainer.fit import NO_REMEDY, remedies
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.overrides import select
 

@@ -3,7 +3,7 @@
 import re
 from typing import Final
 
-from kubetune_trainer.architecture import Llama3Scaling, LlamaConfig
+from kubetune_contract.architecture import Llama3Scaling, LlamaConfig
 
 
 def _model(hidden: int, inner: int, layers: int, heads: int, *, context: int, stretch: float = 0) -> LlamaConfig:

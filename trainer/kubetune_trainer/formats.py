@@ -11,8 +11,8 @@ from typing import Any, Final, NamedTuple
 
 import jinja2
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.dataset import Affixes, Columns, PromptTemplate, RowOptions, TemplateName
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.rows import Row, RowError
 from kubetune_trainer.tokenizer import NO_TEMPLATE, Message, Tokenizer
 

@@ -8,8 +8,8 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from kubetune_contract.architecture import LlamaConfig, ModelError
 from kubetune_trainer import meta_files
-from kubetune_trainer.architecture import LlamaConfig, ModelError
 from kubetune_trainer.safetensors_files import read_header
 from kubetune_trainer.stored import DTYPES, Weight
 from kubetune_trainer.tiktoken_files import find_tiktoken, read_ranks

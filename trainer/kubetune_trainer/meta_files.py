@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final
 
-from kubetune_trainer.architecture import ARCHITECTURE, ModelError
+from kubetune_contract.architecture import ARCHITECTURE, ModelError
 from kubetune_trainer.stored import AGAIN, DTYPES, StoredTensor, Weight, read_start
 
 PARAMS_FILE: Final = "params.json"

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kubetune_trainer.architecture import Llama3Scaling, LlamaConfig, ModelError
+from kubetune_contract.architecture import Llama3Scaling, LlamaConfig, ModelError
 from kubetune_trainer.cross_entropy import Pair, linear_cross_entropy, sum_products
 
 __all__ = ["IGNORE", "KeyValueCache", "Llama", "LlamaConfig", "ModelError"]

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from kubetune_contract.config import RunConfig, TrainingConfig
 from kubetune_contract.errors import ConfigError
+from kubetune_contract.estimate import embedding_on_host
 from kubetune_trainer.distributed import World, ensure_group, is_distributed, sharded_modules
-from kubetune_trainer.estimate import embedding_on_host
 from kubetune_trainer.hub import WeightReader, load_weights
 from kubetune_trainer.model import Llama
 from kubetune_trainer.peft import add_lora, init_adapter

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kubetune_contract.architecture import NORM_NUMBERS
 from kubetune_contract.config import AdapterConfig
 from kubetune_contract.errors import ConfigError
-from kubetune_trainer.architecture import NORM_NUMBERS
 from kubetune_trainer.cross_entropy import Pair
 from kubetune_trainer.distributed import local_rows
 from kubetune_trainer.quant import NF4Linear, dense, own_rows, product, take_over

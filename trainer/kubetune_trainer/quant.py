@@ -15,8 +15,8 @@ from typing import Any, Final, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from kubetune_contract.architecture import ModelError
 from kubetune_contract.config import QuantizationConfig
-from kubetune_trainer.architecture import ModelError
 from kubetune_trainer.distributed import World, full_tensor, is_distributed, local_rows
 from kubetune_trainer.hub import WeightReader
 

@@ -5,7 +5,7 @@ import struct
 from pathlib import Path
 from typing import Any, Final
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 from kubetune_trainer.stored import AGAIN, StoredTensor, read_start
 
 _MAX_HEADER: Final = 100_000_000

@@ -15,12 +15,12 @@ from typing import Final
 
 from pydantic import ValidationError
 
+from kubetune_contract.architecture import ARCHITECTURE, ModelError
 from kubetune_contract.errors import ConfigError, explain
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.paths import COMPLETE_FILE, MODELS_MOUNT, TERMINATION_LOG
 from kubetune_contract.progress import TerminationMessage
 from kubetune_contract.staging import StagedFile, StagedModel, StageSource, StagingManifest
-from kubetune_trainer.architecture import ARCHITECTURE, ModelError
 from kubetune_trainer.download import fetch, storage
 from kubetune_trainer.hub import check_model, missing_folder
 from kubetune_trainer.locks import locked

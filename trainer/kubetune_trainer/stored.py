@@ -10,7 +10,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 
 if TYPE_CHECKING:
     from torch import Tensor

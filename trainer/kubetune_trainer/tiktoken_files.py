@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 from kubetune_trainer.stored import read_start
 
 TIKTOKEN_FILE: Final = "tokenizer.model"

@@ -13,7 +13,7 @@ import tokenizers
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from kubetune_trainer.architecture import ModelError
+from kubetune_contract.architecture import ModelError
 from kubetune_trainer.tiktoken_files import (
     BEGIN,
     CHAT_STOPS,

@@ -14,6 +14,7 @@ import yaml
 from kubetune_contract.config import RunConfig
 from kubetune_contract.dataset import DatasetConfig, MixedDataset
 from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_contract.fit import DoesNotFitError, check_memory
 from kubetune_contract.paths import (
     ADAPTER_DIR,
     CONFIG_FILE,
@@ -31,7 +32,6 @@ from kubetune_trainer.claim import claim, digest_files
 from kubetune_trainer.data import Dataset, describe, load_data, load_questions, validation_source
 from kubetune_trainer.distributed import SharedError, World, broadcast_object, together
 from kubetune_trainer.export import export_adapter, export_model
-from kubetune_trainer.fit import DoesNotFitError, check_memory
 from kubetune_trainer.formats import Question
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.loggers import check_loggers, make_loggers

@@ -1,21 +1,22 @@
 """Whether a run fits into the memory of its devices, and which settings would, told before the first step."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
+from kubetune_contract.architecture import LlamaSizes
+from kubetune_contract.base import snake
 from kubetune_contract.config import Method, RunConfig
+from kubetune_contract.errors import in_words_of
+from kubetune_contract.estimate import GIB, estimate
 from kubetune_contract.exit_codes import ExitCode, JobError
-from kubetune_trainer.architecture import LlamaConfig
-from kubetune_trainer.estimate import GIB, estimate
 
 _SMALLER: Final[Mapping[Method, Method]] = {"Full": "LoRA", "LoRA": "QLoRA", "DoRA": "QDoRA"}
 _PROCESSES: Final = (2, 4, 8, 16, 32, 64)
 _MOST_CHANGES: Final = 4
 """In one remedy."""
-_LENGTH: Final = "dataset.max_sequence_length"
 NO_REMEDY: Final = "no settings are enough: use larger devices, or a smaller model"
 
 
@@ -29,7 +30,7 @@ class _Change(NamedTuple):
     """One thing that makes a run smaller."""
 
     text: str
-    """Follows the verb `set` or, for processes, `use`."""
+    """What to do; fields in camelCase."""
     values: Mapping[str, Any]
     """Of sections of RunConfig, or of `method`."""
     processes: int = 0
@@ -41,8 +42,12 @@ class _Change(NamedTuple):
         return "processes" if self.processes else " ".join(self.values)
 
 
+def _processes(count: int) -> str | None:
+    return f"use {count} processes"
+
+
 def check_memory(
-    config: RunConfig, architecture: LlamaConfig, processes: int, per_node: int, *, memory: int, longest: int
+    config: RunConfig, architecture: LlamaSizes, processes: int, per_node: int, *, memory: int, longest: int
 ) -> None:
     """Raises DoesNotFitError for devices of `memory` bytes. `longest`: tokens of the longest sample of the data."""
     known = min(config.dataset.max_sequence_length, longest)
@@ -57,10 +62,22 @@ def check_memory(
     )
 
 
-def remedies(config: RunConfig, architecture: LlamaConfig, processes: int, per_node: int, memory: int) -> Iterator[str]:
-    """Changes with which the run fits, the simplest first; none contains another."""
+def remedies(
+    config: RunConfig,
+    architecture: LlamaSizes,
+    processes: int,
+    per_node: int,
+    memory: int,
+    *,
+    spell: Callable[[str], str] = snake,
+    gang: Callable[[int], str | None] = _processes,
+) -> Iterator[str]:
+    """Changes with which the run fits, the simplest first; none contains another.
+
+    `spell` spells the fields; `gang` says how to have so many processes, None where that is no choice.
+    """
     told: list[set[str]] = []
-    changes = list(_changes(config, processes))
+    changes = list(_changes(config, processes, gang))
     for count in range(1, _MOST_CHANGES + 1):
         for chosen in itertools.combinations(changes, count):
             kinds = {change.kind for change in chosen}
@@ -72,13 +89,14 @@ def remedies(config: RunConfig, architecture: LlamaConfig, processes: int, per_n
             needed = estimate(smaller, architecture, ranks, per_node)
             if needed.fits(memory):
                 told.append(kinds)
-                yield f"{' and '.join(change.text for change in chosen)} ({needed.needed / GIB:.1f} GiB)"
+                words = in_words_of(" and ".join(change.text for change in chosen), spell)
+                yield f"{words} ({needed.needed / GIB:.1f} GiB)"
 
 
-def _changes(config: RunConfig, processes: int) -> Iterator[_Change]:
+def _changes(config: RunConfig, processes: int, gang: Callable[[int], str | None]) -> Iterator[_Change]:
     training, dataset = config.training, config.dataset
     if training.activation_checkpointing != "Full":
-        yield _Change("set training.activation_checkpointing to Full", {"training.activation_checkpointing": "Full"})
+        yield _Change("set training.activationCheckpointing to Full", {"training.activation_checkpointing": "Full"})
     if config.method in _SMALLER:
         method = _SMALLER[config.method]
         yield _Change(f"set method to {method}", {"method": method})
@@ -87,18 +105,18 @@ def _changes(config: RunConfig, processes: int) -> Iterator[_Change]:
     if training.batch_size > 1:
         steps = training.gradient_accumulation_steps * training.batch_size
         yield _Change(
-            f"set training.batch_size to 1 and training.gradient_accumulation_steps to {steps}",
+            f"set training.batchSize to 1 and training.gradientAccumulationSteps to {steps}",
             {"training.batch_size": 1, "training.gradient_accumulation_steps": steps},
         )
     if training.sharding == "Full":
         for count in _PROCESSES:
-            if count > processes:
-                yield _Change(f"use {count} processes", {}, count)
+            if count > processes and (text := gang(count)) is not None:
+                yield _Change(text, {}, count)
     for length in (2048, 1024, 512):
         if length < dataset.max_sequence_length:
-            yield _Change(f"set {_LENGTH} to {length}", {_LENGTH: length})
+            yield _Change(f"set dataset.maxSequenceLength to {length}", {"dataset.max_sequence_length": length})
     if not training.cpu_offload:
-        yield _Change("set training.cpu_offload to true", {"training.cpu_offload": True})
+        yield _Change("set training.cpuOffload to true", {"training.cpu_offload": True})
 
 
 def _changed(config: RunConfig, changes: tuple[_Change, ...]) -> RunConfig | None:

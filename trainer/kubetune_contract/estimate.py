@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from kubetune_contract.architecture import HEAD_CHUNK, NORM_NUMBERS, LlamaSizes
 from kubetune_contract.config import RunConfig
-from kubetune_trainer.architecture import HEAD_CHUNK, NORM_NUMBERS, LlamaConfig
 
 GIB: Final = 2**30
 CONTEXT: Final = int(0.6 * GIB)
@@ -60,12 +60,12 @@ class Estimate(NamedTuple):
         return "\n".join(f"{name:16}{size / GIB:9.2f} GiB  {notes.get(name, '')}".rstrip() for name, size in rows)
 
 
-def estimate(config: RunConfig, architecture: LlamaConfig, processes: int = 1, per_node: int | None = None) -> Estimate:
+def estimate(config: RunConfig, architecture: LlamaSizes, processes: int = 1, per_node: int | None = None) -> Estimate:
     """The memory of each of `processes`, of which `per_node` share a node (all by default)."""
     return _Step(config, architecture, processes, per_node or processes).estimate()
 
 
-def embedding_on_host(config: RunConfig, architecture: LlamaConfig, processes: int) -> bool:
+def embedding_on_host(config: RunConfig, architecture: LlamaSizes, processes: int) -> bool:
     """Whether the embedding's table stays in host memory: a step reads some of its rows and never writes it.
 
     It saves 1 GB for 8B and costs a copy of those rows. Not where it is trained, or is the head too, or is sharded.
@@ -86,7 +86,7 @@ class _Phase(NamedTuple):
 @dataclass(frozen=True)
 class _Step:
     config: RunConfig
-    architecture: LlamaConfig
+    architecture: LlamaSizes
     processes: int
     per_node: int
 

@@ -1,9 +1,15 @@
-"""What a Llama model is, without torch: its config.json and the names and shapes of its weights."""
+"""What a Llama model is, without torch: its config.json and the names and shapes of its weights.
+
+Both sides need it: the trainer builds the model, the operator tells from its sizes how much memory a run takes.
+"""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self
 
+from pydantic import Field
+
+from kubetune_contract.base import ContractModel
 from kubetune_contract.exit_codes import ExitCode, JobError
 
 ARCHITECTURE = "LlamaForCausalLM"
@@ -36,30 +42,25 @@ class Llama3Scaling:
     """Tokens of context in pretraining."""
 
 
-@dataclass(frozen=True)
-class LlamaConfig:
-    """Sizes and constants of a model, named as in Hugging Face's config.json."""
+class LlamaSizes(ContractModel):
+    """Sizes of a model, named as in Hugging Face's config.json: all that its memory depends on."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    rope_scaling: Llama3Scaling | None
+    vocab_size: int = Field(ge=1)
+    """Tokens that the model knows."""
+    hidden_size: int = Field(ge=1)
+    """Width between the blocks."""
+    intermediate_size: int = Field(ge=1)
+    """Width inside the MLPs."""
+    num_hidden_layers: int = Field(ge=1)
+    """Blocks."""
+    num_attention_heads: int = Field(ge=1)
+    """Heads of the queries."""
+    num_key_value_heads: int = Field(ge=1)
+    """Heads of keys and values."""
+    head_dim: int = Field(ge=1)
+    """Width of a head."""
     tie_word_embeddings: bool
-    max_position_embeddings: int
-
-    @classmethod
-    def from_hf(cls, values: Mapping[str, Any]) -> Self:
-        """Read the content of a config.json, as transformers 4 or 5 writes it.
-
-        Fields that are absent have the defaults of transformers' LlamaConfig. Raises ModelError that names the field.
-        """
-        return cls(**_Fields(values).read())
+    """Whether the head is the embedding's table."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every weight's Hugging Face name and shape, in the order of the layers. A tied `lm_head.weight` is absent."""
@@ -68,7 +69,7 @@ class LlamaConfig:
     @property
     def parameters(self) -> int:
         """Number of weights; tied ones are counted once."""
-        return sum(_product(shape) for shape in self.shapes().values())
+        return sum(_product(shape) for _, shape in self._shapes())
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -89,6 +90,32 @@ class LlamaConfig:
         yield "model.norm.weight", (hidden,)
         if not self.tie_word_embeddings:
             yield "lm_head.weight", (self.vocab_size, hidden)
+
+
+class LlamaConfig(LlamaSizes):
+    """Sizes and constants of a model, named as in Hugging Face's config.json."""
+
+    rms_norm_eps: float
+    """Term that keeps the norms' division finite."""
+    rope_theta: float
+    """Base of RoPE's wavelengths."""
+    rope_scaling: Llama3Scaling | None
+    """Llama 3.1's stretching of RoPE; None without."""
+    max_position_embeddings: int
+    """Longest context, in tokens."""
+
+    @classmethod
+    def from_hf(cls, values: Mapping[str, Any]) -> Self:
+        """Read the content of a config.json, as transformers 4 or 5 writes it.
+
+        Fields that are absent have the defaults of transformers' LlamaConfig. Raises ModelError that names the field.
+        """
+        return cls(**_Fields(values).read())
+
+    @property
+    def sizes(self) -> LlamaSizes:
+        """The sizes alone."""
+        return LlamaSizes(**{name: getattr(self, name) for name in LlamaSizes.model_fields})
 
 
 def _product(shape: tuple[int, ...]) -> int:

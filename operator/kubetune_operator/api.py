@@ -27,6 +27,7 @@ from kubetune_contract.config import (
 from kubetune_contract.errors import explain
 from kubetune_contract.presets import preset_names
 from kubetune_contract.progress import CheckpointStatus, Progress, Result
+from kubetune_contract.staging import StagedData, StagedModel
 from kubetune_operator.errors import InvalidJob
 from kubetune_operator.sources import DatasetSpec, DnsName, ModelSource, ValidationSpec
 from kubetune_operator.workers import Queue, Workers
@@ -174,17 +175,33 @@ class WorkersStatus(ContractModel):
     """Pods that failed."""
 
 
-class Staged(ContractModel):
-    """The staged base model."""
+class MemoryEstimate(ContractModel):
+    """Memory that a training step takes at most on each device, in bytes: its parts when it needs the most."""
 
-    path: str
-    """Folder on the models volume."""
-    architecture: str
-    """As its config.json says."""
-    parameters: int
-    """Number of weights."""
+    device: Literal["GPU", "Pod"]
+    """What has the memory: each GPU, or on the CPU each worker pod."""
     bytes: int
-    """Size of all files."""
+    """What the device must have: all parts, gaps between them, and what the libraries take."""
+    available: int | None = None
+    """What the device has, where that is known."""
+    weights: int
+    """The model as it is stored between steps."""
+    adapter: int
+    """The adapter."""
+    gradients: int
+    """Gradients of what is trained."""
+    optimizer: int
+    """The optimizer's state."""
+    activations: int
+    """What the forward pass keeps for the backward pass, and what one block takes in it."""
+    loss: int
+    """Hidden states and logits."""
+    sharding: int
+    """Whole weights of the blocks at work, where they are sharded."""
+    dequantization: int
+    """A weight out of 4 bits."""
+    host: int
+    """In host memory, not in bytes."""
 
 
 class Display(ContractModel):
@@ -254,8 +271,14 @@ class FineTuneJobStatus(ContractModel):
     """Restarts of the gang after evictions and lost nodes; they are not limited."""
     workers: WorkersStatus | None = None
     """Worker pods of the present attempt."""
-    staged: Staged | None = None
+    staged: StagedModel | None = None
     """The staged base model."""
+    staged_data: list[StagedData] | None = Field(
+        default=None, json_schema_extra={"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": ["path"]}
+    )
+    """The datasets that were downloaded."""
+    estimate: MemoryEstimate | None = None
+    """Memory that a training step takes, told before any GPU is held."""
     progress: Progress | None = None
     """How far the training is."""
     display: Display | None = None

@@ -1,5 +1,6 @@
 """The Kubernetes objects of a FineTuneJob: pure functions from its spec to manifests that read like the YAML."""
 
+import re
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -75,7 +76,10 @@ def _data(section: dict[str, Any], model: type[ContractModel], name: str, proble
     try:
         model.model_validate(section)
     except ValidationError as error:
-        problems += [f"{name}.{problem}" for problem in explain(error, model, to_camel)]
+        fields = {to_camel(field) for field in model.model_fields}
+        for problem in explain(error, model, to_camel):
+            about_field = re.match(r"[\w.]+:", problem) or problem.split()[0] in fields
+            problems.append(f"{name}{'.' if about_field else ': '}{problem}")
         return {"path": "unknown"}  # so that the problems of the other sections are found too
     return _mounted(section)
 
@@ -258,7 +262,7 @@ def _trainer(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
 def _stager(job: FineTuneJob, settings: Settings) -> Manifest:
     return {
         **_container_defaults(settings),
-        "args": ["stage", "--source", _stage_source(job).to_json()],
+        "args": ["stage", "--source", _stage_source(job).model_dump_json(by_alias=True, exclude_defaults=True)],
         "env": [*_scratch_variables(), *_hub_variables(job.spec.model.hugging_face, settings)],
         "resources": {"requests": STAGE_REQUESTS},
         "volumeMounts": [

@@ -1,10 +1,10 @@
 """Where models and data come from, as a person writes it."""
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Final
 
 from pydantic import Field
 
-from kubetune_contract.base import ContractModel, Rule
+from kubetune_contract.base import ContractModel, Rule, snake
 from kubetune_contract.dataset import (
     MIXTURE_RULE,
     VOLUME_PATH_RULE,
@@ -12,9 +12,11 @@ from kubetune_contract.dataset import (
     RowOptions,
     ValidationOptions,
     VolumePath,
+    stays_inside,
 )
 
 DnsName = Annotated[str, Field(pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)]
+Patterns = list[Annotated[str, Field(min_length=1, max_length=256)]]
 
 
 class SecretKey(ContractModel):
@@ -32,62 +34,122 @@ class HuggingFaceSource(ContractModel):
     repo: str = Field(pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$", max_length=256)
     """Repository, as owner/name."""
     revision: str = Field(default="main", pattern=r"^[A-Za-z0-9._/-]+$", max_length=256)
-    """Branch, tag or commit."""
-    ignore_patterns: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(default=[], max_length=32)
+    """Branch, tag or commit. A branch is looked up when its files first come to the volume, and not again."""
+    ignore_patterns: Patterns = Field(default=[], max_length=32)
     """Files that are not downloaded, as shell patterns."""
     token_secret_ref: SecretKey | None = None
     """Access token for gated or private repositories."""
 
 
+class HuggingFaceData(HuggingFaceSource):
+    """A dataset repository of the Hugging Face Hub."""
+
+    path: VolumePath | None = None
+    """File or folder in the repository. Without it, all data files of the split are taken."""
+    split: str | None = Field(default=None, min_length=1, max_length=256)
+    """Split whose files are taken: those with its name in their path. Without path and split: train."""
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            cel="!has(self.path) || !self.path.split('/').exists(step, step in ['', '.', '..'])",
+            holds=lambda source: source.path is None or stays_inside(source.path),
+            message="path {path} must be a path below the repository's root: without a leading '/' and without '..'",
+        ),
+        Rule(
+            cel="!has(self.path) || !has(self.split)",
+            holds=lambda source: source.path is None or source.split is None,
+            message="path and split exclude each other: path says which files are taken",
+        ),
+    )
+
+
+class SecretName(ContractModel):
+    """A Secret in the job's namespace."""
+
+    name: DnsName
+    """Name of the Secret."""
+
+
+class S3Source(ContractModel):
+    """A folder of a bucket that speaks S3."""
+
+    uri: str = Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/?#\s]+)*/?$", max_length=1024)
+    """What to download, as s3://bucket/prefix: all objects below the prefix, or the one object of that name."""
+    endpoint: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]+)?/?$", max_length=256)
+    """Base URL of a service other than Amazon's, such as `https://minio.storage.svc:9000`."""
+    region: str = Field(default="us-east-1", pattern=r"^[a-z0-9-]+$", max_length=64)
+    """Region of the bucket; other services than Amazon's mostly take any."""
+    ignore_patterns: Patterns = Field(default=[], max_length=32)
+    """Objects that are not downloaded, as shell patterns over what follows the prefix."""
+    credentials_secret_ref: SecretName | None = None
+    """Secret with the keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and AWS_SESSION_TOKEN for temporary
+    credentials. Without it, the bucket must be public."""
+
+
+def _places(fields: str, message: str, *others: str) -> Rule:
+    """Exactly one of the places, and of the other fields, is given."""
+    names = ["volumePath", "huggingFace", "s3", *others]
+    given = ", ".join(f"has(self.{name})" for name in names)
+    return Rule(
+        cel=f"[{given}].exists_one(given, given)",
+        holds=lambda model: sum(getattr(model, snake(name)) is not None for name in names) == 1,
+        message=message.format(fields),
+    )
+
+
 class ModelSource(ContractModel):
-    """Where the base model comes from: exactly one of the two."""
+    """Where the base model comes from: exactly one of the three."""
 
     volume_path: VolumePath | None = None
     """Folder on the models volume that already holds the weights, in Hugging Face layout."""
     hugging_face: HuggingFaceSource | None = None
     """Repository to download onto the models volume, once for all jobs."""
+    s3: S3Source | None = None
+    """Folder of a bucket to download onto the models volume, once for all jobs."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         VOLUME_PATH_RULE,
-        Rule(
-            cel="has(self.volumePath) != has(self.huggingFace)",
-            holds=lambda model: (model.volume_path is None) != (model.hugging_face is None),
-            message="model needs exactly one of volumePath and huggingFace",
-        ),
+        _places("volumePath, huggingFace and s3", "model needs exactly one of {}"),
     )
 
 
-class MixedDatasetSpec(RowOptions):
+class DataPlace(ContractModel):
+    """Where rows come from: exactly one of the three."""
+
+    volume_path: VolumePath | None = None
+    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
+    hugging_face: HuggingFaceData | None = None
+    """Dataset repository to download onto the models volume, once for all jobs."""
+    s3: S3Source | None = None
+    """Object or folder of a bucket to download onto the models volume, once for all jobs."""
+
+    def place(self) -> "DataPlace":
+        """The place alone."""
+        return DataPlace.model_construct(volume_path=self.volume_path, hugging_face=self.hugging_face, s3=self.s3)
+
+
+_ONE_PLACE: Final = _places("volumePath, huggingFace and s3", "exactly one of {} is required")
+
+
+class MixedDatasetSpec(RowOptions, DataPlace):
     """A further dataset."""
 
-    volume_path: VolumePath
-    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
-
-    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE,)
+    rules: ClassVar[tuple[Rule, ...]] = (VOLUME_PATH_RULE, _ONE_PLACE)
 
 
-class DatasetSpec(DatasetOptions):
+class DatasetSpec(DatasetOptions, DataPlace):
     """The training data and how they are read."""
 
-    volume_path: VolumePath
-    """File on the models volume: JSON Lines, JSON, Parquet or CSV; or a folder of such files."""
     mixture: list[MixedDatasetSpec] = Field(default=[], max_length=16)
     """Further datasets, mixed with this one by their weights."""
 
-    rules: ClassVar[tuple[Rule, ...]] = (*DatasetOptions.rules, VOLUME_PATH_RULE, MIXTURE_RULE)
+    rules: ClassVar[tuple[Rule, ...]] = (*DatasetOptions.rules, VOLUME_PATH_RULE, _ONE_PLACE, MIXTURE_RULE)
 
 
-class ValidationSpec(ValidationOptions):
+class ValidationSpec(ValidationOptions, DataPlace):
     """Held-out data: its loss is measured before the first step and after the last."""
-
-    volume_path: VolumePath | None = None
-    """File on the models volume, in the format of the training data."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         VOLUME_PATH_RULE,
-        Rule(
-            cel="has(self.volumePath) != has(self.fraction)",
-            holds=lambda validation: (validation.volume_path is None) != (validation.fraction is None),
-            message="exactly one of volumePath and fraction is required",
-        ),
+        _places("volumePath, huggingFace, s3 and fraction", "exactly one of {} is required", "fraction"),
     )

@@ -1,7 +1,7 @@
 """The staging phase: one shared Job puts the base model on the models claim, or checks what is there. Pure."""
 
 from kubetune_contract.staging import StagedModel
-from kubetune_operator.api import FineTuneJob, Staged
+from kubetune_operator.api import FineTuneJob
 from kubetune_operator.build import stage_adoption, stage_job
 from kubetune_operator.decision import Decision
 from kubetune_operator.diagnosis import (
@@ -71,7 +71,7 @@ def _complete(turn: Decision, child: Manifest) -> None:
     staged = next((word.staged for word in words if word is not None and word.staged is not None), None)
     if staged is not None:
         turn.withdraw("Suspended", "Resumed", "The job goes on.")
-        turn.set(staged=Staged.model_validate(staged.model_dump()))
+        turn.set(staged=staged)
         turn.condition("Staged", True, "Staged", _told(staged, turn), event="Normal")
         return
     if turn.evidence_due(child.get("status", {}).get("completionTime")):

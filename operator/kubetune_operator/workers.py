@@ -60,6 +60,8 @@ class Workers(ContractModel):
     """GPUs of each pod, one process per GPU. 0 trains on the CPU with one process per pod."""
     gpu_resource: DeviceName = GPU_RESOURCE
     """The resource under which nodes offer their GPUs, such as `amd.com/gpu` or `nvidia.com/mig-3g.40gb`."""
+    gpu_memory: Quantity | None = None
+    """Memory of one GPU, such as 80Gi: a run that cannot fit fails before any GPU is held."""
     resources: Resources = Resources()
     """CPU, memory and other devices of each pod. GPUs are added from gpusPerNode."""
     node_selector: dict[QualifiedName, LabelValue] = Field(default={}, max_length=32)
@@ -116,6 +118,11 @@ class Workers(ContractModel):
         ),
         _keeps_off_ours("labels", lambda workers: workers.labels),
         _keeps_off_ours("annotations", lambda workers: workers.annotations),
+        Rule(
+            cel="!has(self.gpuMemory) || (has(self.gpusPerNode) && self.gpusPerNode > 0)",
+            holds=lambda workers: workers.gpu_memory is None or workers.gpus_per_node > 0,
+            message="gpuMemory is about GPUs: set gpusPerNode too",
+        ),
     )
 
 

@@ -37,11 +37,11 @@ BAD = {
     "no model": ({"model": None}, ["spec.model: Required value", UNCHECKED]),
     "a model from nowhere": (
         {"model": {"volumePath": None}},
-        ["spec.model: Invalid value: model needs exactly one of volumePath and huggingFace"],
+        ["spec.model: Invalid value: model needs exactly one of volumePath, huggingFace and s3"],
     ),
     "a model from two places": (
         {"model": {"huggingFace": {"repo": "meta-llama/Llama-3.2-1B"}}},
-        ["spec.model: Invalid value: model needs exactly one of volumePath and huggingFace"],
+        ["spec.model: Invalid value: model needs exactly one of volumePath, huggingFace and s3"],
     ),
     "a model outside the volume": (
         {"model": {"volumePath": "models/../../etc"}},
@@ -94,7 +94,7 @@ BAD = {
     "no data": ({"dataset": None}, ["spec.dataset: Required value", UNCHECKED]),
     "data without a file": (
         {"dataset": {"volumePath": None, "shuffle": True}},
-        ["spec.dataset.volumePath: Required value", UNCHECKED],
+        ["spec.dataset: Invalid value: exactly one of volumePath, huggingFace and s3 is required"],
     ),
     "data outside the volume": (
         {"dataset": {"volumePath": "../secrets.jsonl"}},
@@ -113,7 +113,7 @@ BAD = {
     ),
     "held-out data without a file": (
         {"validation": {"samples": 3}},
-        ["spec.validation: Invalid value: exactly one of volumePath and fraction is required"],
+        ["spec.validation: Invalid value: exactly one of volumePath, huggingFace, s3 and fraction is required"],
     ),
     "more samples than anybody reads": (
         {"validation": {"volumePath": "v.jsonl", "samples": 65}},
@@ -363,7 +363,13 @@ BROKEN = {
         "dataset": {"mixture": [{"volumePath": "pairs.jsonl", "format": "Preference"}]}
     },
     "promptTemplate needs": {"dataset": {"promptTemplate": {"name": "ChatML", "user": {"prefix": "Q: "}}}},
-    "exactly one of volumePath and fraction": {"validation": {"volumePath": "v.jsonl", "fraction": 0.1}},
+    "exactly one of volumePath, huggingFace, s3 and fraction": {
+        "validation": {"volumePath": "v.jsonl", "fraction": 0.1}
+    },
+    "exactly one of volumePath, huggingFace and s3 is": {"dataset": {"s3": {"uri": "s3://data/chats"}}},
+    "path and split": {"dataset": hub(path="train.jsonl", split="train")},
+    "path ": {"dataset": hub(path="../train.jsonl")},
+    "gpuMemory is about GPUs": {"workers": {"gpuMemory": "80Gi"}},
     "model needs exactly one": {"model": {"volumePath": None}},
     "volumePath": {"dataset": {"volumePath": "a/./b"}},
     "resources must not name nvidia.com/gpu": resources("requests", "nvidia.com/gpu", "2"),

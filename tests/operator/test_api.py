@@ -80,11 +80,11 @@ REFUSED = {
     ),
     "a model from two places": (
         {"model": {"huggingFace": HUB}},
-        "spec.model: model needs exactly one of volumePath and huggingFace",
+        "spec.model: model needs exactly one of volumePath, huggingFace and s3",
     ),
     "a model from nowhere": (
         {"model": {"volumePath": None}},
-        "spec.model: model needs exactly one of volumePath and huggingFace",
+        "spec.model: model needs exactly one of volumePath, huggingFace and s3",
     ),
     "a model outside the volume": (
         {"model": {"volumePath": "models/../../etc"}},

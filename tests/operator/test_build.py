@@ -144,7 +144,7 @@ INVALID = {
     ),
     "data without a file": (
         {"dataset": {"volumePath": None}},
-        ["spec.dataset.volumePath: a value is required"],
+        ["spec.dataset: exactly one of volumePath, huggingFace and s3 is required"],
     ),
     "data outside the volume": (
         {"dataset": {"volumePath": "../train.jsonl"}},

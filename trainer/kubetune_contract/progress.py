@@ -7,7 +7,7 @@ from pydantic import Field
 
 from kubetune_contract.base import ContractModel
 from kubetune_contract.paths import TERMINATION_LIMIT
-from kubetune_contract.staging import StagedModel
+from kubetune_contract.staging import StagedData, StagedModel
 
 
 class Progress(ContractModel):
@@ -95,6 +95,7 @@ class TerminationMessage(ContractModel):
     result: Result | None = None
     checkpoint: CheckpointStatus | None = None
     staged: StagedModel | None = None
+    staged_data: StagedData | None = None
 
     def fitted(self) -> Self:
         """The same message, its text shortened until the JSON fits the kubelet's limit."""

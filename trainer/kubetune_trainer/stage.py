@@ -94,7 +94,7 @@ def _known(folder: Path, source: StageSource) -> StagedModel | None:
     """What an earlier run found, if no file has changed since."""
     try:
         manifest = StagingManifest.model_validate_json((folder / COMPLETE_FILE).read_bytes())
-        whole = manifest.model.path == source.path and all(_unchanged(folder, file) for file in manifest.files)
+        whole = manifest.staged.path == source.path and all(_unchanged(folder, file) for file in manifest.files)
     except (OSError, ValidationError):
         return None
     return manifest.model if whole else None

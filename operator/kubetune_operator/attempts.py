@@ -25,7 +25,6 @@ from kubetune_operator.diagnosis import (
     is_lost,
     is_ready,
     last_word,
-    obstacle,
 )
 from kubetune_operator.names import ATTEMPT_LABEL, job_name, output_path
 from kubetune_operator.status import (
@@ -126,6 +125,8 @@ def _wait_or_create(turn: Decision, ca_pem: str, blocked: bool) -> None:
     if turn.observed.conflict is not None:
         turn.condition("Started", False, "NameConflict", turn.observed.conflict, event="Warning")
         turn.look_again(turn.settings.restart_backoff_seconds)
+    if turn.observed.refused is not None:
+        turn.refused("Started", turn.observed.refused)
     if due is not None and turn.now < due:
         turn.look_again_at(due)
     elif waits_for is not None:
@@ -142,7 +143,7 @@ def _create(turn: Decision, ca_pem: str) -> None:
         service(job),
         worker_job(job, attempt, turn.settings),
     )
-    if turn.observed.conflict is None:
+    if turn.observed.conflict is None and turn.observed.refused is None:
         workers = counted(job.spec.workers.nodes, "worker")
         message = f"Job {job_name(job.name, attempt)} with {workers} is being created."
         turn.condition("Started", False, "Starting", message, event="Normal")
@@ -186,12 +187,12 @@ def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
     if is_true(turn.status, "Running") or up >= nodes:
         _say_running(turn, pods)
     else:
-        _say_starting(turn, pods, up)
+        _say_starting(turn, child, pods, up)
 
 
-def _say_starting(turn: Decision, pods: list[Manifest], up: int) -> None:
+def _say_starting(turn: Decision, child: Manifest, pods: list[Manifest], up: int) -> None:
     count = f"{up} of {counted(turn.job.spec.workers.nodes, 'worker')} run"
-    problem = obstacle(pods)
+    problem = turn.obstacle(child, turn.job.spec.workers.nodes, pods)
     if problem is not None:
         turn.blocked("Started", problem, f"{count}: ")
         return

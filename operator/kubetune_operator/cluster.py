@@ -15,6 +15,7 @@ from kubetune_operator.api import API_VERSION, KIND
 from kubetune_operator.connection import MERGE, Connection, Manifest, path_of
 from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, ROLE_LABEL, STAGE
+from kubetune_operator.obstacles import Inquiry
 from kubetune_operator.watch import ObjectCache
 
 WATCH_SECONDS: Final = 300
@@ -207,6 +208,14 @@ class Cluster:
         if len(self._posted) >= MEMORY_SIZE:
             self._posted.clear()
         self._posted[key] = (name, count + 1)
+
+    async def read_events(self, namespace: str, about: Inquiry) -> list[Manifest]:
+        """The Events of one object that live still; they do for an hour."""
+        fields = {"kind": about.kind, "name": about.name, **({"uid": about.uid} if about.uid else {})}
+        selector = ",".join(f"involvedObject.{field}={value}" for field, value in fields.items())
+        answer = await self.connection.request("GET", path_of("Event", namespace), {"fieldSelector": selector})
+        events: list[Manifest] = answer.get("items") or []
+        return events
 
     async def review_token(self, token: str) -> PodIdentity | None:
         """The pod that the progress token was made for; None if it is no such token. Answers are cached a minute."""

@@ -6,7 +6,8 @@ from typing import Any, Final, NamedTuple
 
 from kubetune_contract.progress import ProgressReport
 from kubetune_operator.api import Condition, ConditionType, Display, FineTuneJob, FineTuneJobStatus
-from kubetune_operator.diagnosis import Manifest, Obstacle, moment
+from kubetune_operator.diagnosis import Manifest, moment
+from kubetune_operator.obstacles import Events, Inquiry, Obstacle, inquiries, not_created, obstacle
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import clipped, find, is_true, seconds_of, state_of, with_condition
 
@@ -32,6 +33,10 @@ class Observed:
     """The report to show, of the present attempt."""
     conflict: str | None = None
     """Why a child could not be created: an object of that name is not ours."""
+    refused: Obstacle | None = None
+    """Why the API server refused a child."""
+    events: Events = field(default_factory=dict)
+    """Events that an earlier plan asked for."""
 
 
 class Event(NamedTuple):
@@ -69,6 +74,8 @@ class Plan:
     events: list[Event]
     requeue_after: float | None
     """Seconds after which time alone may change the plan."""
+    inquiries: tuple[Inquiry, ...] = ()
+    """Objects whose Events would tell more. They are read before the status is written, and the plan is made anew."""
 
 
 class Decision:
@@ -85,6 +92,7 @@ class Decision:
         self._delete: list[Deletion] = []
         self._events: list[Event] = []
         self._requeue_after: float | None = None
+        self._inquiries: list[Inquiry] = []
 
     def set(self, **fields: Any) -> None:
         """Set fields of the status."""
@@ -135,24 +143,44 @@ class Decision:
         self._requeue_after = None
         self._apply.clear()
 
-    def blocked(self, kind: ConditionType, obstacle: Obstacle, prefix: str = "") -> None:
+    def inquire(self, *about: Inquiry) -> None:
+        """Ask for the Events of these objects."""
+        self._inquiries += [item for item in about if item not in self._inquiries]
+
+    def obstacle(self, child: Manifest, wanted: int, pods: list[Manifest]) -> Obstacle | None:
+        """What keeps a child Job from having that many running pods; asks for the Events that may say more."""
+        asked, wait = inquiries(child, wanted, pods, self.now)
+        self.inquire(*asked)
+        if wait is not None:
+            self.look_again(wait)
+        events = {item: self.observed.events.get(item, ()) for item in asked}
+        found = obstacle(pods, events, self.now)
+        return found if found is not None and found.warning else not_created(child, events) or found
+
+    def blocked(self, kind: ConditionType, found: Obstacle, prefix: str = "") -> None:
         """Say what keeps a pod from starting. A claim that stays missing ends the job.
 
         The kubelet alternates between two wordings of an image that it cannot pull: the first one stays.
         """
         before = find(self.status, kind)
-        if obstacle.reason == "ImagePull" and before is not None and before.reason == "ImagePull":
+        if found.reason == "ImagePull" and before is not None and before.reason == "ImagePull":
             return
-        if obstacle.missing_claim is not None and self._grace_is_over(obstacle):
-            message = self._missing(obstacle.missing_claim)
-            self.condition(kind, False, obstacle.reason, message)
-            self.fail(obstacle.reason, message)
+        if found.missing_claim is not None and self._grace_is_over(found):
+            message = self._missing(found.missing_claim)
+            self.condition(kind, False, found.reason, message)
+            self.fail(found.reason, message)
             return
-        message = prefix + obstacle.message
-        self.condition(kind, False, obstacle.reason, message[0].upper() + message[1:], event="Warning")
+        message = prefix + found.told
+        event = "Warning" if found.warning else None
+        self.condition(kind, False, found.reason, message[0].upper() + message[1:], event)
 
-    def _grace_is_over(self, obstacle: Obstacle) -> bool:
-        since = obstacle.since or self.now
+    def refused(self, kind: ConditionType, found: Obstacle) -> None:
+        """Say why the API server refuses a child, and try again later."""
+        self.blocked(kind, found)
+        self.look_again(self.settings.restart_backoff_seconds)
+
+    def _grace_is_over(self, found: Obstacle) -> bool:
+        since = found.since or self.now
         left = (since - self.now).total_seconds() + self.settings.volume_grace_seconds
         if left > 0:
             self.look_again(left)
@@ -212,4 +240,5 @@ class Decision:
             status=self.status,
             events=self._events,
             requeue_after=self._requeue_after,
+            inquiries=tuple(self._inquiries),
         )

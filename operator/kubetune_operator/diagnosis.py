@@ -1,6 +1,5 @@
-"""What Jobs and pods say about why nothing moves and why something ended. Pure functions over API objects."""
+"""What Jobs and pods say, and why one of them ended. Pure functions over API objects."""
 
-import re
 import signal
 from collections.abc import Iterable
 from datetime import datetime, timedelta
@@ -15,32 +14,10 @@ from kubetune_contract.progress import TerminationMessage
 Manifest = dict[str, Any]
 
 INDEX_LABEL: Final = "batch.kubernetes.io/job-completion-index"
-IMAGE_REASONS: Final = frozenset(
-    {
-        "ErrImagePull",
-        "ImagePullBackOff",
-        "InvalidImageName",
-        "ErrImageNeverPull",
-        "ImageInspectError",
-        "RegistryUnavailable",
-    }
-)
-CREATE_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 LOG_LINES: Final = 12
 """Last lines of a log that are worth quoting."""
 
-_MISSING_CLAIM: Final = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
-_BACK_OFF: Final = re.compile(r'^Back-off pulling image "[^"]*"(: ErrImagePull: )?')
 _LEAVING: Final = frozenset({ExitCode.SAVED, ExitCode.PEER_LOST, 128 + signal.SIGTERM})
-
-
-class Obstacle(NamedTuple):
-    """Why a pod does not start."""
-
-    reason: str
-    message: str
-    missing_claim: str | None = None
-    since: datetime | None = None
 
 
 class Cause(IntEnum):
@@ -130,6 +107,12 @@ def name_of(pod: Manifest) -> str:
     return f"worker {labels[INDEX_LABEL]}" if INDEX_LABEL in labels else "the staging pod"
 
 
+def node_of(pod: Manifest) -> str:
+    """The pod's node in a sentence: `node "gpu-3"`."""
+    name = pod["spec"].get("nodeName")
+    return f'node "{name}"' if name else "its node"
+
+
 def ended_container(pod: Manifest) -> Manifest | None:
     """The terminated state of the pod's container."""
     for container in pod.get("status", {}).get("containerStatuses") or []:
@@ -146,40 +129,6 @@ def last_word(pod: Manifest) -> TerminationMessage | None:
         return TerminationMessage.model_validate_json((state or {}).get("message") or "")
     except ValidationError:
         return None
-
-
-def obstacle(pods: Iterable[Manifest]) -> Obstacle | None:
-    """The first thing that keeps a pod from starting, in the words of who keeps it."""
-    found = (_obstacle(pod) for pod in sorted(pods, key=index_of) if is_live(pod) and not is_deleting(pod))
-    return next((item for item in found if item is not None), None)
-
-
-def _obstacle(pod: Manifest) -> Obstacle | None:
-    status = pod.get("status", {})
-    for item in status.get("conditions") or []:
-        if item["type"] == "PodScheduled" and item["status"] == "False":
-            return _unscheduled(pod, item)
-    states = [*(status.get("initContainerStatuses") or []), *(status.get("containerStatuses") or [])]
-    for container in states:
-        waiting = container.get("state", {}).get("waiting") or {}
-        reason, words = waiting.get("reason", ""), waiting.get("message", "")
-        if reason in IMAGE_REASONS:
-            words = _BACK_OFF.sub("", words) or reason
-            return Obstacle("ImagePull", f"{name_of(pod)} cannot pull image {container['image']}: {words}")
-        if reason in CREATE_REASONS:
-            return Obstacle(reason, f"{name_of(pod)} cannot start its container: {words}")
-    return None
-
-
-def _unscheduled(pod: Manifest, item: Manifest) -> Obstacle:
-    words = item.get("message", "")
-    missing = _MISSING_CLAIM.search(words)
-    return Obstacle(
-        reason="VolumeMissing" if missing else item.get("reason", "Unschedulable"),
-        message=f"{name_of(pod)} cannot be scheduled: {words}",
-        missing_claim=missing[1] if missing else None,
-        since=moment(pod["metadata"].get("creationTimestamp")),
-    )
 
 
 def ending(job: Manifest, pods: Iterable[Manifest]) -> Ending | None:

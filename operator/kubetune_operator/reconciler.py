@@ -13,6 +13,7 @@ from kubetune_operator.api import KIND, FineTuneJob, FineTuneJobSpec, FineTuneJo
 from kubetune_operator.cluster import Cluster, stage_group, worker_group
 from kubetune_operator.diagnosis import is_live
 from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError
+from kubetune_operator.eventbook import EventBook
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.names import (
     ATTEMPT_LABEL,
@@ -25,6 +26,7 @@ from kubetune_operator.names import (
     stage_manager,
     stage_name,
 )
+from kubetune_operator.obstacles import Obstacle, refusal
 from kubetune_operator.plan import Observed, Plan, plan, refuse
 from kubetune_operator.progress import ProgressStore
 from kubetune_operator.settings import Settings
@@ -49,6 +51,8 @@ class Reconciler:
         self._settings = settings
         self._metrics = metrics
         self._conflicts: dict[str, str] = {}
+        self._refusals: dict[str, Obstacle] = {}
+        self._events = EventBook(cluster.read_events)
 
     async def reconcile(self, key: str) -> float | None:
         """Observe, plan, act, write. Returns after how many seconds time alone may change the plan.
@@ -60,17 +64,25 @@ class Reconciler:
             self._forget(key)
             return None
         decided = self._plan(body)
+        if await self._events.read(key, decided.inquiries):
+            decided = self._plan(body)
         if any(manifest["kind"] == "Job" for manifest in decided.apply) and not await self._is_current(body):
             return 0.0
         try:
             await self._act(body, decided)
             self._conflicts.pop(key, None)
+            self._refusals.pop(key, None)
         except NameTaken as taken:
             self._conflicts[key] = str(taken)
             decided = self._plan(body)  # which says so, and when to try again
+        except ApiError as error:
+            if not is_refusal(error):
+                raise
+            self._refusals[key] = refusal(error.message)
+            decided = self._plan(body)
         told = await self._tell(body, decided)
         # What a new status makes possible is planned from it; its event is no news, it was taken in already.
-        return self._settings.debounce_seconds if told else decided.requeue_after
+        return self._settings.debounce_seconds if told else sooner(decided.requeue_after, self._events.due(key))
 
     def _plan(self, body: Manifest) -> Plan:
         now = datetime.now(UTC)
@@ -98,6 +110,8 @@ class Reconciler:
             gone_pods=[pod for pod in pods.gone(group) if _owner_uid(pod) in uids],
             progress=report,
             conflict=self._conflicts.get(job.key),
+            refused=self._refusals.get(job.key),
+            events=self._events.known(job.key),
         )
 
     def _is_shared(self, stage: Manifest, job: FineTuneJob) -> bool:
@@ -158,9 +172,21 @@ class Reconciler:
     def _forget(self, key: str) -> None:
         namespace, _, name = key.partition("/")
         self._conflicts.pop(key, None)
+        self._refusals.pop(key, None)
+        self._events.forget(key)
         self._progress.forget(key)
         self._metrics.forget(namespace, name)
         self._cluster.forget(namespace, [config_map_name(name), service_name(name)])
+
+
+def is_refusal(error: ApiError) -> bool:
+    """Whether somebody must change something before the same request can succeed: quota, admission, rights."""
+    return error.status in (400, 403, 422) or "failed calling webhook" in error.message
+
+
+def sooner(one: float | None, other: float | None) -> float | None:
+    """The sooner of two times to look again, of which either may be never."""
+    return min((seconds for seconds in (one, other) if seconds is not None), default=None)
 
 
 def keys_of_child(manifest: Manifest, stage_job_of: Callable[[str, str], Manifest | None]) -> list[str]:

@@ -14,7 +14,6 @@ from kubetune_operator.diagnosis import (
     is_live,
     is_ready,
     last_word,
-    obstacle,
 )
 from kubetune_operator.status import STAGING, readable_bytes
 
@@ -56,6 +55,9 @@ def _start(turn: Decision) -> None:
         return
     turn.withdraw("Suspended", "Resumed", "The job goes on.")
     turn.apply(stage_job(turn.job, turn.settings))
+    if turn.observed.refused is not None:
+        turn.refused("Staged", turn.observed.refused)
+        return
     turn.condition("Staged", False, STAGING, f"{_what(turn.job)}.")
 
 
@@ -106,7 +108,7 @@ def _follow(turn: Decision, child: Manifest) -> None:
     turn.suspend(child, suspended=False)
     if not owns(turn.job, child):
         turn.apply(stage_adoption(turn.job))
-    problem = obstacle(turn.observed.stage_pods)
+    problem = turn.obstacle(child, 1, turn.observed.stage_pods)
     if problem is not None:
         turn.blocked("Staged", problem)
     elif any(is_ready(pod) for pod in turn.observed.stage_pods):

@@ -71,7 +71,8 @@ ALLOWED = [
     ("patch", "finetunejobs.kubetune.io/status"),
     *[(verb, "jobs.batch") for verb in ("get", "list", "watch", "create", "patch", "delete")],
     *[(verb, "pods") for verb in ("list", "watch")],
-    *[(verb, kind) for kind in ("services", "configmaps", "events") for verb in ("get", "create", "patch")],
+    *[(verb, kind) for kind in ("services", "configmaps") for verb in ("get", "create", "patch")],
+    *[(verb, "events") for verb in ("list", "create", "patch")],
     ("create", "tokenreviews.authentication.k8s.io"),
 ]
 DENIED = [

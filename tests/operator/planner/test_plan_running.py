@@ -56,31 +56,36 @@ OBSTACLES = [
         "no node has room",
         lambda world: _unschedulable(world, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."),
         "Unschedulable",
-        "0 of 2 workers run: worker 0 cannot be scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.",
+        "0 of 2 workers run: worker 0 cannot be scheduled: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu. "
+        "Wait for GPUs to become free, add nodes with GPUs, or lower workers.gpusPerNode.",
     ),
     (
         "an image that is not there",
         lambda world: _waits(world, "ErrImagePull", "manifest unknown"),
         "ImagePull",
-        "0 of 2 workers run: worker 0 cannot pull image registry.example/trainer:1: manifest unknown",
+        "0 of 2 workers run: worker 0 cannot pull image registry.example/trainer:1: manifest unknown. "
+        "Check that the image exists and that the node can reach its registry.",
     ),
     (
         "an image that is waited for, in the kubelet's second wording",
         lambda world: _waits(world, "ImagePullBackOff", 'Back-off pulling image "a": ErrImagePull: manifest unknown'),
         "ImagePull",
-        "0 of 2 workers run: worker 0 cannot pull image registry.example/trainer:1: manifest unknown",
+        "0 of 2 workers run: worker 0 cannot pull image registry.example/trainer:1: manifest unknown. "
+        "Check that the image exists and that the node can reach its registry.",
     ),
     (
         "a secret that is not there",
         lambda world: _waits(world, "CreateContainerConfigError", 'secret "token" not found'),
-        "CreateContainerConfigError",
-        '0 of 2 workers run: worker 0 cannot start its container: secret "token" not found',
+        "SecretMissing",
+        '0 of 2 workers run: worker 0 cannot start its container: secret "token" not found. '
+        'Create Secret "token" in this namespace, or name one that exists. The pod then starts by itself.',
     ),
     (
         "a program that cannot be started",
         lambda world: _waits(world, "RunContainerError", "exec: no such file"),
         "RunContainerError",
-        "0 of 2 workers run: worker 0 cannot start its container: exec: no such file",
+        "0 of 2 workers run: worker 0 cannot start its container: exec: no such file. "
+        "The kubelet tries again by itself once that is corrected.",
     ),
 ]
 

@@ -138,7 +138,8 @@ def test_the_staging_pod_that_cannot_be_scheduled_is_told_in_the_schedulers_word
     assert told(decided, "Staged") == (
         "False",
         "Unschedulable",
-        "The staging pod cannot be scheduled: 0/1 nodes are available: 1 Too many pods.",
+        "The staging pod cannot be scheduled: 0/1 nodes are available: 1 Too many pods. "
+        "Wait for other pods to end, or add nodes.",
     )
     assert decided.status.state == "Staging"
 
@@ -147,8 +148,9 @@ def test_the_staging_pod_without_its_secret_is_told(world, told):
     waiting = world.make.waiting("CreateContainerConfigError", 'secret "hub" not found')
     decided = world.staging().stage_pod("Pending", state=waiting).plan()
     assert told(decided, "Staged")[1:] == (
-        "CreateContainerConfigError",
-        'The staging pod cannot start its container: secret "hub" not found',
+        "SecretMissing",
+        'The staging pod cannot start its container: secret "hub" not found. '
+        'Create Secret "hub" in this namespace, or name one that exists. The pod then starts by itself.',
     )
 
 

@@ -16,18 +16,13 @@ from kubetune_contract.staging import StageSource
 from kubetune_operator import names
 from kubetune_operator.api import API_VERSION, KIND, FineTuneJob
 from kubetune_operator.errors import InvalidJob
+from kubetune_operator.placement import SIDECAR_OFF, gang_annotations, pod_annotations, pod_labels, stage_placement
+from kubetune_operator.pods import common_volumes, container_defaults, pod_defaults, scratch_variables, worker_pod
 from kubetune_operator.settings import Settings
 from kubetune_operator.sources import DatasetSpec, HuggingFaceSource, ValidationSpec
 
 Manifest = dict[str, Any]
 
-USER: Final = 65532
-"""User and group of all containers; both images have it."""
-GPU_RESOURCE: Final = "nvidia.com/gpu"
-TERMINATION_GRACE_SECONDS: Final = 120
-"""Time to finish a step and save a checkpoint after SIGTERM."""
-TOKEN_SECONDS: Final = 3600
-"""Lifetime of a progress token; the kubelet renews it at 80 %."""
 STAGE_RETRIES: Final = 3
 STAGE_REQUESTS: Final = {"cpu": "100m", "memory": "256Mi"}
 """Staging copies and hashes files as a stream."""
@@ -43,7 +38,6 @@ SECTIONS: Final = (
     "profiler",
 )
 """Parts of the spec that the run gets as they are."""
-RANK_FIELD: Final = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
 
 def run_config(job: FineTuneJob) -> RunConfig:
@@ -125,17 +119,20 @@ def service(job: FineTuneJob) -> Manifest:
 def worker_job(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
     """One attempt: an Indexed Job whose pods start together and end together."""
     nodes = job.spec.workers.nodes
-    labels = names.worker_labels(job.name, attempt)
+    labels, annotations = names.worker_labels(job.name, attempt), gang_annotations(job)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
-        "metadata": _owned(job, names.job_name(job.name, attempt), labels),
+        "metadata": {
+            **_owned(job, names.job_name(job.name, attempt), {**labels, **_queue_labels(job)}),
+            **({"annotations": annotations} if annotations else {}),
+        },
         "spec": {
             "completionMode": "Indexed",
             "completions": nodes,
             "parallelism": nodes,
             "backoffLimit": 0,
-            "suspend": job.spec.suspend,
+            "suspend": job.spec.suspend or job.spec.queue is not None,  # Kueue resumes it
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": {
                 "rules": [
@@ -143,7 +140,10 @@ def worker_job(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
                     _fail_on_user_errors(),
                 ]
             },
-            "template": {"metadata": {"labels": labels}, "spec": _worker_pod(job, attempt, settings)},
+            "template": {
+                "metadata": {"labels": pod_labels(job, labels), "annotations": pod_annotations(job)},
+                "spec": worker_pod(job, attempt, settings),
+            },
         },
     }
 
@@ -153,13 +153,12 @@ def stage_job(job: FineTuneJob, settings: Settings) -> Manifest:
 
     Apply it under names.stage_manager(job).
     """
-    claim = job.spec.storage.models.claim_name
     labels = names.stage_labels()
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.stage_name(job.spec.model, claim),
+            "name": names.stage_name(job.spec),
             "namespace": job.namespace,
             "labels": labels,
             # No controller: an object has one at most, and this one has many owners.
@@ -175,11 +174,12 @@ def stage_job(job: FineTuneJob, settings: Settings) -> Manifest:
                 ]
             },
             "template": {
-                "metadata": {"labels": labels},
+                "metadata": {"labels": {**SIDECAR_OFF, **labels}, "annotations": SIDECAR_OFF},
                 "spec": {
-                    **_pod_defaults(settings),
+                    **pod_defaults(settings, job.spec.workers.image_pull_secrets),
+                    **stage_placement(job.spec),
                     "containers": [_stager(job, settings)],
-                    "volumes": _common_volumes(job),
+                    "volumes": common_volumes(job),
                 },
             },
         },
@@ -191,12 +191,11 @@ def stage_adoption(job: FineTuneJob) -> Manifest:
 
     It has no spec: the template of an existing Job cannot change, and a Job that has gone is not created by it.
     """
-    claim = job.spec.storage.models.claim_name
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.stage_name(job.spec.model, claim),
+            "name": names.stage_name(job.spec),
             "namespace": job.namespace,
             "ownerReferences": [owner(job, controller=False)],
         },
@@ -209,6 +208,14 @@ def owner(job: FineTuneJob, *, controller: bool) -> Manifest:
     return {**reference, "controller": True} if controller else reference
 
 
+def _queue_labels(job: FineTuneJob) -> dict[str, str]:
+    queue = job.spec.queue
+    if queue is None:
+        return {}
+    priority = {names.QUEUE_PRIORITY_LABEL: queue.priority_class} if queue.priority_class else {}
+    return {names.QUEUE_LABEL: queue.name, **priority}
+
+
 def _owned(job: FineTuneJob, name: str, labels: dict[str, str]) -> Manifest:
     return {
         "name": name,
@@ -218,52 +225,11 @@ def _owned(job: FineTuneJob, name: str, labels: dict[str, str]) -> Manifest:
     }
 
 
-def _worker_pod(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
-    output = {"claimName": job.spec.storage.output.claim_name}
-    return {
-        **_pod_defaults(settings),
-        "subdomain": names.service_name(job.name),
-        "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
-        "containers": [_trainer(job, attempt, settings)],
-        "volumes": [
-            *_common_volumes(job),
-            {"name": names.OUTPUT_VOLUME, "persistentVolumeClaim": output},
-            {"name": "config", "configMap": {"name": names.config_map_name(job.name)}},
-            {"name": "token", "projected": {"sources": [_progress_token()]}},
-            {"name": "shm", "emptyDir": {"medium": "Memory"}},
-        ],
-    }
-
-
-def _trainer(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
-    return {
-        **_container_defaults(settings),
-        "args": ["launch", "--config", f"{paths.CONFIG_MOUNT}/{paths.RUN_CONFIG_FILE}"],
-        "env": [
-            *_scratch_variables(),
-            {"name": paths.CACHE_ENV, "value": f"{paths.OUTPUT_MOUNT}/{paths.CACHE_DIR}"},
-            *_rendezvous(job, attempt),
-            *_threads(job),
-            *_progress_url(job, attempt, settings),
-        ],
-        "ports": [{"name": "rendezvous", "containerPort": names.RENDEZVOUS_PORT, "protocol": "TCP"}],
-        "resources": _worker_resources(job),
-        "volumeMounts": [
-            {"name": names.MODELS_VOLUME, "mountPath": paths.MODELS_MOUNT, "readOnly": True},
-            {"name": names.OUTPUT_VOLUME, "mountPath": paths.OUTPUT_MOUNT},
-            {"name": "config", "mountPath": paths.CONFIG_MOUNT, "readOnly": True},
-            {"name": "token", "mountPath": paths.TOKEN_MOUNT, "readOnly": True},
-            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the container's own
-            {"name": "scratch", "mountPath": "/tmp"},  # noqa: S108
-        ],
-    }
-
-
 def _stager(job: FineTuneJob, settings: Settings) -> Manifest:
     return {
-        **_container_defaults(settings),
+        **container_defaults(settings),
         "args": ["stage", "--source", _stage_source(job).model_dump_json(by_alias=True, exclude_defaults=True)],
-        "env": [*_scratch_variables(), *_hub_variables(job.spec.model.hugging_face, settings)],
+        "env": [*scratch_variables(), *_hub_variables(job.spec.model.hugging_face, settings)],
         "resources": {"requests": STAGE_REQUESTS},
         "volumeMounts": [
             {"name": names.MODELS_VOLUME, "mountPath": paths.MODELS_MOUNT},
@@ -279,102 +245,9 @@ def _stage_source(job: FineTuneJob) -> StageSource:
     return StageSource(path=path, repo=hub.repo, revision=hub.revision, ignore_patterns=hub.ignore_patterns)
 
 
-def _pod_defaults(settings: Settings) -> Manifest:
-    defaults: Manifest = {
-        "restartPolicy": "Never",
-        "automountServiceAccountToken": False,
-        "enableServiceLinks": False,
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "fsGroupChangePolicy": "OnRootMismatch",  # a walk over every file of a large volume takes minutes
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
-    }
-    if settings.image_pull_secrets:
-        defaults["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    return defaults
-
-
-def _container_defaults(settings: Settings) -> Manifest:
-    return {
-        "name": names.CONTAINER,
-        "image": settings.trainer_image,
-        "imagePullPolicy": settings.image_pull_policy,
-        "terminationMessagePath": paths.TERMINATION_LOG,
-        "terminationMessagePolicy": "FallbackToLogsOnError",
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
-    }
-
-
 def _fail_on_user_errors() -> Manifest:
     codes = {"containerName": names.CONTAINER, "operator": "In", "values": list(USER_ERRORS)}
     return {"action": "FailJob", "onExitCodes": codes}
-
-
-def _common_volumes(job: FineTuneJob) -> list[Manifest]:
-    models = {"claimName": job.spec.storage.models.claim_name}
-    return [{"name": names.MODELS_VOLUME, "persistentVolumeClaim": models}, {"name": "scratch", "emptyDir": {}}]
-
-
-def _progress_token() -> Manifest:
-    return {
-        "serviceAccountToken": {
-            "path": paths.TOKEN_FILE,
-            "audience": paths.TOKEN_AUDIENCE,
-            "expirationSeconds": TOKEN_SECONDS,
-        }
-    }
-
-
-def _worker_resources(job: FineTuneJob) -> Manifest:
-    workers = job.spec.workers
-    gpus = {GPU_RESOURCE: workers.gpus_per_node} if workers.gpus_per_node else {}
-    amounts = {"requests": workers.resources.requests, "limits": {**workers.resources.limits, **gpus}}
-    return {side: {name: str(amount) for name, amount in of.items()} for side, of in amounts.items() if of}
-
-
-def _scratch_variables() -> list[Manifest]:
-    """The root filesystem is read-only: what libraries write goes to the scratch volume."""
-    return [
-        {"name": "HOME", "value": "/tmp"},  # noqa: S108
-        {"name": "HF_HOME", "value": "/tmp/huggingface"},  # noqa: S108
-        {"name": "MPLCONFIGDIR", "value": "/tmp/matplotlib"},  # noqa: S108
-    ]
-
-
-def _rendezvous(job: FineTuneJob, attempt: int) -> list[Manifest]:
-    workers = job.spec.workers
-    leader = names.leader_host(job.name, attempt) if workers.nodes > 1 else "127.0.0.1"
-    return [
-        {"name": "PET_NNODES", "value": str(workers.nodes)},
-        {"name": "PET_NPROC_PER_NODE", "value": str(max(1, workers.gpus_per_node))},
-        {"name": "PET_NODE_RANK", "valueFrom": {"fieldRef": {"fieldPath": RANK_FIELD}}},
-        {"name": "PET_MASTER_ADDR", "value": leader},
-        {"name": "PET_MASTER_PORT", "value": str(names.RENDEZVOUS_PORT)},
-    ]
-
-
-def _threads(job: FineTuneJob) -> list[Manifest]:
-    """On the CPU, as many threads as the pod has cores (rounded up); without this, as many as the node has."""
-    workers = job.spec.workers
-    side = next((side for side in ("limits", "requests") if "cpu" in getattr(workers.resources, side)), None)
-    if workers.gpus_per_node or side is None:
-        return []
-    return [{"name": "OMP_NUM_THREADS", "valueFrom": {"resourceFieldRef": {"resource": f"{side}.cpu", "divisor": "1"}}}]
-
-
-def _progress_url(job: FineTuneJob, attempt: int, settings: Settings) -> list[Manifest]:
-    if settings.progress_url is None:
-        return []
-    path = paths.PROGRESS_PATH.format(namespace=job.namespace, name=job.name, attempt=attempt)
-    return [{"name": paths.PROGRESS_URL_ENV, "value": settings.progress_url + path}]
 
 
 def _hub_variables(source: HuggingFaceSource | None, settings: Settings) -> list[Manifest]:

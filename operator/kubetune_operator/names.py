@@ -5,7 +5,8 @@ import json
 from typing import Any, Final
 
 from kubetune_operator.api import FineTuneJob, FineTuneJobSpec
-from kubetune_operator.sources import HuggingFaceSource, ModelSource
+from kubetune_operator.placement import stage_placement
+from kubetune_operator.sources import HuggingFaceSource
 
 FIELD_MANAGER: Final = "kubetune"
 
@@ -18,6 +19,9 @@ ROLE_LABEL: Final = "kubetune.io/role"
 """On every Job and Pod; the operator's watches select by its presence."""
 WORKER: Final = "worker"
 STAGE: Final = "stage"
+QUEUE_LABEL: Final = "kueue.x-k8s.io/queue-name"
+"""On a child Job: Kueue suspends and resumes it, and nobody else."""
+QUEUE_PRIORITY_LABEL: Final = "kueue.x-k8s.io/priority-class"
 MANAGED_BY: Final = {"app.kubernetes.io/managed-by": "kubetune"}
 
 CONTAINER: Final = "main"
@@ -62,17 +66,25 @@ def worker_labels(name: str, attempt: int) -> dict[str, str]:
     return {**job_labels(name), ATTEMPT_LABEL: str(attempt), ROLE_LABEL: WORKER}
 
 
+def attempt_selector(name: str, attempt: int) -> dict[str, str]:
+    """Matches the pods of one attempt."""
+    return {JOB_LABEL: name, ATTEMPT_LABEL: str(attempt)}
+
+
 def stage_labels() -> dict[str, str]:
     """Labels of a staging Job and its pods."""
     return {**MANAGED_BY, ROLE_LABEL: STAGE}
 
 
-def stage_name(source: ModelSource, claim: str) -> str:
+def stage_name(spec: FineTuneJobSpec) -> str:
     """The staging Job of these weights on this claim. The name is the lock: jobs that need the same share it.
 
-    The token belongs to the name: who has access does not wait for, or fail with, a job that has not.
+    The token belongs to the name: who has access does not wait for, or fail with, a job that has not. So does where the
+    pod may run: it does not wait for a node that only another job asks for.
     """
-    return f"kubetune-stage-{_digest([source.to_dict(), claim])}"
+    where = [part for part in (stage_placement(spec), spec.workers.image_pull_secrets) if part]
+    parts = [spec.model.to_dict(), spec.storage.models.claim_name, *where]
+    return f"kubetune-stage-{_digest(parts)}"
 
 
 def stage_manager(job: FineTuneJob) -> str:

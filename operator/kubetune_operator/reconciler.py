@@ -95,7 +95,7 @@ class Reconciler:
     def observe(self, job: FineTuneJob) -> Observed:
         """What the caches know of the job's children."""
         jobs, pods = self._cluster.jobs, self._cluster.pods
-        name = stage_name(job.spec.model, job.spec.storage.models.claim_name)
+        name = stage_name(job.spec)
         stage, group = jobs.get(job.namespace, name), worker_group(job.namespace, job.name)
         owned = {_attempt(child): child for child in jobs.group(group) if _owner_uid(child) == job.uid}
         gone = [child for child in jobs.gone(group) if _owner_uid(child) == job.uid]

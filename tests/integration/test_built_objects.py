@@ -92,7 +92,7 @@ def test_owners_of_a_staging_job_add_up_and_it_goes_with_the_last(kubectl, names
     first, second, under = shared
     assert under(first, idle(build.stage_job(first, SETTINGS))).returncode == 0
     assert under(second, build.stage_adoption(second)).returncode == 0
-    name = names.stage_name(first.spec.model, "models")
+    name = names.stage_name(first.spec)
     found = json.loads(kubectl("get", "job", name, "--namespace", namespace, "--output=json").stdout)
     assert sorted(owner["name"] for owner in found["metadata"]["ownerReferences"]) == ["first", "second"]
     assert found["spec"]["template"]["spec"]["containers"][0]["image"] == SETTINGS.trainer_image
@@ -108,5 +108,5 @@ def test_an_adoption_does_not_bring_back_a_job_that_is_gone(kubectl, namespace, 
     answer = under(first, build.stage_adoption(first))
     assert answer.returncode == 1
     assert "spec.template" in answer.stderr
-    name = names.stage_name(first.spec.model, "models")
+    name = names.stage_name(first.spec)
     assert kubectl("get", "job", name, "--namespace", namespace).returncode == 1

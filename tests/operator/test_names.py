@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kubetune_operator import names
+from kubetune_operator.api import FineTuneJobSpec
 from kubetune_operator.sources import HuggingFaceSource, ModelSource, SecretKey
 
 HUB = HuggingFaceSource(repo="meta-llama/Meta-Llama-3-8B")
@@ -47,6 +48,16 @@ def test_the_longest_host_name_still_is_a_label(name, attempt, index):
     assert len(names.config_map_name(name)) <= 63
 
 
+def stage(source, claim="models", **workers):
+    spec = {
+        "model": source.to_dict(),
+        "dataset": {"volumePath": "data/train.jsonl"},
+        "storage": {"models": {"claimName": claim}, "output": {"claimName": "tuned"}},
+        "workers": workers,
+    }
+    return names.stage_name(FineTuneJobSpec.model_validate(spec))
+
+
 SAME = {
     "the same folder": (volume("models/a"), volume("models/a")),
     "the same repository": (hub(), hub()),
@@ -69,21 +80,49 @@ DIFFERENT = {
 @pytest.mark.parametrize("case", SAME)
 def test_jobs_that_need_the_same_share_one_staging_job(case):
     one, other = SAME[case]
-    assert names.stage_name(one, "models") == names.stage_name(other, "models")
+    assert stage(one, "models") == stage(other, "models")
 
 
 @pytest.mark.parametrize("case", DIFFERENT)
 def test_jobs_that_need_something_else_have_their_own(case):
     one, other = DIFFERENT[case]
-    assert names.stage_name(one, "models") != names.stage_name(other, "models")
+    assert stage(one, "models") != stage(other, "models")
 
 
 def test_the_same_weights_on_another_claim_are_another_staging_job():
-    assert names.stage_name(hub(), "models") != names.stage_name(hub(), "models-2")
+    assert stage(hub(), "models") != stage(hub(), "models-2")
+
+
+PLACES = {
+    "a label of nodes": {"nodeSelector": {"pool": "gpu"}},
+    "a taint": {"tolerations": [{"operator": "Exists"}]},
+    "affinity to nodes": {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {}}}},
+    "a service account": {"serviceAccountName": "trainer"},
+    "a pull secret": {"imagePullSecrets": ["registry"]},
+}
+
+
+@pytest.mark.parametrize("case", PLACES)
+def test_a_job_does_not_wait_for_nodes_that_only_another_asks_for(case):
+    assert stage(hub(), **PLACES[case]) != stage(hub())
+    assert stage(hub(), **PLACES[case]) == stage(hub(), **PLACES[case])
+
+
+GANG = {
+    "GPUs": {"gpusPerNode": 8},
+    "spread": {"topologySpreadConstraints": [{"topologyKey": "zone"}]},
+    "affinity to pods": {"affinity": {"podAffinity": {"x": 1}}},
+    "a scheduler": {"schedulerName": "volcano"},
+}
+
+
+@pytest.mark.parametrize("case", GANG)
+def test_what_is_about_the_gang_alone_does_not_keep_jobs_from_sharing(case):
+    assert stage(hub(), **GANG[case]) == stage(hub())
 
 
 def test_the_staging_job_has_a_name_that_does_not_change_between_versions():
-    assert names.stage_name(volume("models/llama"), "models") == "kubetune-stage-291294c129"
+    assert stage(volume("models/llama"), "models") == "kubetune-stage-291294c129"
 
 
 def test_each_owner_of_a_staging_job_is_its_own_field_manager(job):

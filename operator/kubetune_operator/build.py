@@ -13,7 +13,7 @@ from kubetune_contract.errors import ConfigError, explain
 from kubetune_contract.exit_codes import USER_ERRORS
 from kubetune_contract.presets import resolve
 from kubetune_contract.staging import StageSource
-from kubetune_operator import names
+from kubetune_operator import changes, names
 from kubetune_operator.api import API_VERSION, KIND, FineTuneJob
 from kubetune_operator.errors import InvalidJob
 from kubetune_operator.placement import SIDECAR_OFF, gang_annotations, pod_annotations, pod_labels, stage_placement
@@ -120,12 +120,13 @@ def worker_job(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
     """One attempt: an Indexed Job whose pods start together and end together."""
     nodes = job.spec.workers.nodes
     labels, annotations = names.worker_labels(job.name, attempt), gang_annotations(job)
+    annotations |= {names.GANG_ANNOTATION: changes.gang(job.spec)}
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
             **_owned(job, names.job_name(job.name, attempt), {**labels, **_queue_labels(job)}),
-            **({"annotations": annotations} if annotations else {}),
+            "annotations": annotations,
         },
         "spec": {
             "completionMode": "Indexed",

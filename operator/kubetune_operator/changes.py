@@ -1,5 +1,6 @@
 """What of a FineTuneJob's spec may be changed once it exists: written once, judged by the API server and by Python."""
 
+import json
 from collections.abc import Callable, Iterator
 from typing import Any, Final, NamedTuple
 
@@ -40,6 +41,29 @@ def transitions() -> Iterator[Transition]:
 def problems(new: FineTuneJobSpec, old: FineTuneJobSpec) -> list[str]:
     """What the API server says against the update; empty if it may be made."""
     return [rule.message for rule in transitions() if not rule.holds(new, old)]
+
+
+def gang(spec: FineTuneJobSpec) -> str:
+    """What a worker Job takes from the fields that may change under it, as JSON.
+
+    Nothing else: a new version of the operator, or a new setting, is no reason to stop workers.
+    """
+    kept = {path.removeprefix("workers.") for path in WHILE_SUSPENDED}
+    return json.dumps({name: value for name, value in spec.workers.to_dict().items() if name in kept}, sort_keys=True)
+
+
+def changed(spec: FineTuneJobSpec, known: str) -> str | None:
+    """How the workers differ from those of an earlier gang(), in a sentence; None if they do not."""
+    before, after = json.loads(known), json.loads(gang(spec))
+    if before == after:
+        return None
+    processes = [max(1, of["gpusPerNode"]) * of["nodes"] for of in (before, after)]
+    if processes[0] == processes[1]:
+        return "The workers have changed (workers.resources, nodes or gpusPerNode)"
+    return (
+        f"The workers have changed from {processes[0]} to {processes[1]} processes, which see the same batches but "
+        "draw dropout anew and round sums in another order"
+    )
 
 
 def _below(name: str, path: str, model: type[BaseModel]) -> Iterator[Transition]:

@@ -5,12 +5,15 @@ from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
 from kubetune_contract.progress import ProgressReport
-from kubetune_operator.api import Condition, ConditionType, Display, FineTuneJob, FineTuneJobStatus
+from kubetune_operator.api import KIND, Condition, ConditionType, Display, FineTuneJob, FineTuneJobStatus
 from kubetune_operator.diagnosis import Manifest, moment
+from kubetune_operator.names import ATTEMPT_LABEL
 from kubetune_operator.obstacles import Events, Inquiry, Obstacle, inquiries, not_created, obstacle
 from kubetune_operator.settings import Settings
-from kubetune_operator.status import clipped, find, is_true, seconds_of, state_of, with_condition
+from kubetune_operator.status import clipped, clock_stopped, find, is_true, seconds_of, state_of, with_condition
 
+TRUSTED_SECONDS: Final = 300.0
+"""Age of the last look at a ConfigMap or Service, which are not watched, after which it is looked at again."""
 EVIDENCE_SECONDS: Final = 5.0
 """How long a finished Job may wait for the cache to show its pods' last words."""
 
@@ -31,6 +34,8 @@ class Observed:
     """The last sight of worker pods that are no more."""
     progress: ProgressReport | None = None
     """The report to show, of the present attempt."""
+    reports_since: datetime | None = None
+    """Since when this operator takes reports: what came before may have come to nobody."""
     conflict: str | None = None
     """Why a child could not be created: an object of that name is not ours."""
     refused: Obstacle | None = None
@@ -51,6 +56,20 @@ class Deletion(NamedTuple):
     """A child to delete, with all that depends on it."""
 
     kind: str
+    name: str
+    uid: str
+
+
+class Removal(NamedTuple):
+    """A child that is known by name only, to delete if it belongs to this FineTuneJob."""
+
+    kind: str
+    name: str
+
+
+class Stop(NamedTuple):
+    """A child Job whose running pods are to end, while it and its ended pods stay."""
+
     name: str
     uid: str
 
@@ -76,6 +95,10 @@ class Plan:
     """Seconds after which time alone may change the plan."""
     inquiries: tuple[Inquiry, ...] = ()
     """Objects whose Events would tell more. They are read before the status is written, and the plan is made anew."""
+    stop: list[Stop] = field(default_factory=list)
+    remove: list[Removal] = field(default_factory=list)
+    trusted_seconds: float = TRUSTED_SECONDS
+    """How long ago a ConfigMap or Service may have been seen for the last time to count as being there."""
 
 
 class Decision:
@@ -91,8 +114,22 @@ class Decision:
         self._suspend: list[Suspension] = []
         self._delete: list[Deletion] = []
         self._events: list[Event] = []
+        self._stop: list[Stop] = []
+        self._remove: list[Removal] = []
+        self._trusted_seconds = TRUSTED_SECONDS
+        self.waiting_for: ConditionType | None = None
+        """The condition that says why the staging pod or the workers are not up, while they are waited for."""
         self._requeue_after: float | None = None
         self._inquiries: list[Inquiry] = []
+
+    @property
+    def attempt(self) -> int:
+        """The number of the present attempt."""
+        return max(1, self.status.attempt)
+
+    def workers_of(self, attempt: int) -> list[Manifest]:
+        """The worker pods of one attempt."""
+        return [pod for pod in self.observed.pods if attempt_of(pod) == attempt]
 
     def set(self, **fields: Any) -> None:
         """Set fields of the status."""
@@ -139,9 +176,10 @@ class Decision:
         self.withdraw("Running", reason, message)
         if is_true(self.status, "Suspended"):
             self.withdraw("Suspended", reason, message)
-        self.set(completion_time=seconds_of(self.now), next_attempt_time=None)
+        self.status = clock_stopped(self.status, self.now)
+        self.set(completion_time=seconds_of(self.now), next_attempt_time=None, waiting_since=None)
         self._requeue_after = None
-        self._apply.clear()
+        self.withhold()
 
     def inquire(self, *about: Inquiry) -> None:
         """Ask for the Events of these objects."""
@@ -199,6 +237,11 @@ class Decision:
         """Create or keep children, in this order."""
         self._apply.extend(manifests)
 
+    def withhold(self) -> None:
+        """Apply, suspend and resume nothing after all."""
+        self._apply.clear()
+        self._suspend.clear()
+
     def suspend(self, child: Manifest, suspended: bool) -> None:
         """Suspend or resume a child Job that is not so already."""
         if bool(child["spec"].get("suspend")) != suspended:
@@ -208,6 +251,22 @@ class Decision:
         """Delete a child Job that is not being deleted already."""
         if "deletionTimestamp" not in child["metadata"]:
             self._delete.append(Deletion("Job", child["metadata"]["name"], child["metadata"]["uid"]))
+
+    def delete_job(self) -> None:
+        """Delete the FineTuneJob itself."""
+        self._delete.append(Deletion(KIND, self.job.name, self.job.uid))
+
+    def stop(self, child: Manifest) -> None:
+        """End the running pods of a child Job that is not suspended."""
+        self._stop.append(Stop(child["metadata"]["name"], child["metadata"]["uid"]))
+
+    def remove(self, kind: str, name: str) -> None:
+        """Delete a child that is known by name only."""
+        self._remove.append(Removal(kind, name))
+
+    def trust(self, seconds: float) -> None:
+        """Have ConfigMap and Service looked at again if the last look was so long ago."""
+        self._trusted_seconds = seconds
 
     def look_again(self, seconds: float) -> None:
         """Plan again after so many seconds, or sooner if somebody else asked for it."""
@@ -241,4 +300,12 @@ class Decision:
             events=self._events,
             requeue_after=self._requeue_after,
             inquiries=tuple(self._inquiries),
+            stop=self._stop,
+            remove=self._remove,
+            trusted_seconds=self._trusted_seconds,
         )
+
+
+def attempt_of(pod: Manifest) -> int:
+    """The number of the attempt that a worker pod belongs to."""
+    return int(pod["metadata"].get("labels", {}).get(ATTEMPT_LABEL, 0))

@@ -6,7 +6,7 @@ Every decision rests on the spec, the status and the children alone, so a restar
 from collections.abc import Iterable
 from datetime import datetime
 
-from kubetune_operator import attempts, staging
+from kubetune_operator import attempts, cleanup, deadlines, staging
 from kubetune_operator.api import FineTuneJob
 from kubetune_operator.build import run_config
 from kubetune_operator.decision import Decision, Observed, Plan
@@ -23,7 +23,7 @@ def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime
     if job.deleting:
         return Plan(apply=[], suspend=[], delete=[], status=job.status, events=[], requeue_after=None)
     if is_finished(job.status):
-        attempts.release(turn)
+        cleanup.clean_up(turn)
         staging.release(turn)
         return turn.plan()
     try:
@@ -31,10 +31,21 @@ def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime
     except InvalidJob as error:
         turn.fail("InvalidConfig", in_one_sentence(error.problems))
         return turn.plan()
+    if (
+        job.spec.failure_policy.progress_deadline_seconds
+        and settings.progress_url is None
+        and not job.status.start_time
+    ):
+        turn.fail(
+            "InvalidConfig", f"{deadlines.NO_REPORTS}: remove it, or ask who installed the operator to switch it on"
+        )
+        return turn.plan()
+    deadlines.keep_time(turn)
     if job.status.staged is None:
         staging.stage(turn)
     if turn.status.staged is not None:
         attempts.train(turn, ca_pem)
+    deadlines.enforce(turn)
     return turn.plan()
 
 

@@ -55,6 +55,11 @@ def _start(turn: Decision) -> None:
         return
     turn.withdraw("Suspended", "Resumed", "The job goes on.")
     turn.apply(stage_job(turn.job, turn.settings))
+    turn.waiting_for = "Staged"
+    if turn.observed.conflict is not None:
+        turn.condition("Staged", False, "NameConflict", turn.observed.conflict, event="Warning")
+        turn.look_again(turn.settings.restart_backoff_seconds)
+        return
     if turn.observed.refused is not None:
         turn.refused("Staged", turn.observed.refused)
         return
@@ -109,6 +114,8 @@ def _follow(turn: Decision, child: Manifest) -> None:
     if not owns(turn.job, child):
         turn.apply(stage_adoption(turn.job))
     problem = turn.obstacle(child, 1, turn.observed.stage_pods)
+    if not any(is_ready(pod) for pod in turn.observed.stage_pods):
+        turn.waiting_for = "Staged"
     if problem is not None:
         turn.blocked("Staged", problem)
     elif any(is_ready(pod) for pod in turn.observed.stage_pods):

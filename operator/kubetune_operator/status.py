@@ -101,6 +101,17 @@ def _at_step(progress: Progress, step: int) -> Progress:
     )
 
 
+def active_seconds(status: FineTuneJobStatus, now: datetime) -> float:
+    """Seconds that count for activeDeadlineSeconds until now."""
+    running = (now - status.active_since).total_seconds() if status.active_since else 0.0
+    return status.active_seconds + max(0.0, running)
+
+
+def clock_stopped(status: FineTuneJobStatus, now: datetime) -> FineTuneJobStatus:
+    """The status of a job whose time does not count from now on."""
+    return status.model_copy(update={"active_seconds": int(active_seconds(status, now)), "active_since": None})
+
+
 def seconds_of(moment: datetime) -> datetime:
     """The moment as Kubernetes writes it: UTC, whole seconds."""
     return moment.astimezone(UTC).replace(microsecond=0)

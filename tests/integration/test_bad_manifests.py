@@ -412,7 +412,7 @@ UPDATES = {
 
 @pytest.mark.parametrize("case", UPDATES)
 def test_python_and_the_api_server_refuse_a_change_with_the_same_words(apply, manifest, case):
-    name = re.sub(r"\W", "-", case)
+    name = re.sub(r"\W", "-", case).lower()
     before, after = (manifest(name, **made) for made in UPDATES[case])
     assert apply(before).returncode == 0
     answer = apply(after)

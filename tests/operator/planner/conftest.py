@@ -61,6 +61,7 @@ class World:
         self.gone: list[Object] = []
         self.report: ProgressReport | None = None
         self.conflict: str | None = None
+        self.reports_since: datetime | None = None
 
     # ---------------------------------------------------------------- the FineTuneJob
 
@@ -201,6 +202,7 @@ class World:
             pods=self.pods,
             gone_pods=self.gone,
             progress=self.report,
+            reports_since=self.reports_since,
             conflict=self.conflict,
         )
 

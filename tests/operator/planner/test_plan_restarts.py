@@ -33,7 +33,7 @@ def test_a_restarted_operator_finds_the_job_that_it_has_just_created(world):
     """It died between the creation and the status write: the Job is taken over, not created again."""
     world.waiting_for(2, restarts=1).attempt(2, seen=False).worker(0, "Pending").worker(1, "Pending")
     decided = world.plan()
-    assert [item["kind"] for item in decided.apply] == ["ConfigMap"]
+    assert [item["kind"] for item in decided.apply] == ["ConfigMap", "Service"]
     assert decided.status.attempt_start_time == world.now
     assert decided.status.next_attempt_time is None
     assert (decided.status.attempt, decided.status.restarts) == (2, 1)

@@ -46,9 +46,9 @@ def test_an_eviction_is_told_while_the_worker_still_saves(world, told):
     assert decided.events[0][:2] == ("Warning", "Disruption")
 
 
-def test_the_configuration_is_kept_while_workers_run(world, kinds):
+def test_configuration_and_service_are_kept_while_workers_run(world, kinds):
     """A renewed certificate of the progress endpoint reaches running workers through their ConfigMap."""
-    assert kinds(world.running().plan()) == ["ConfigMap/bot-kubetune"]
+    assert kinds(world.running().plan()) == ["ConfigMap/bot-kubetune", "Service/bot"]
 
 
 OBSTACLES = [

@@ -8,7 +8,7 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Hashable
-from typing import Final, NamedTuple, Self
+from typing import Any, Final, NamedTuple, Self
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_operator.api import API_VERSION, KIND
@@ -24,6 +24,12 @@ TOKEN_CACHE_SECONDS: Final = 60.0
 MEMORY_SIZE: Final = 10000
 """Tokens, and Events, that are remembered. More of them are all forgotten: that costs only requests."""
 JOB_NAME_LABEL: Final = "batch.kubernetes.io/job-name"
+
+
+class _Applied(NamedTuple):
+    digest: str
+    time: float
+    """When it was last seen to be there, as time.monotonic()."""
 
 
 class PodIdentity(NamedTuple):
@@ -60,7 +66,7 @@ class Cluster:
         """`namespace` is the only one to watch, None is all. `changed` hears of every change of a child."""
         self.connection = connection
         self._namespace = namespace
-        self._applied: dict[tuple[str, str, str], str] = {}
+        self._applied: dict[tuple[str, str, str], _Applied] = {}
         self._tokens: dict[str, tuple[float, PodIdentity | None]] = {}
         self._posted: dict[tuple[str, str, str, str], tuple[str, int]] = {}
         self.jobs = ObjectCache(_Children(connection, path_of("Job", namespace)), group_of, changed)
@@ -133,21 +139,56 @@ class Cluster:
             if kind != "Job":
                 answer = await self.connection.apply(path_of(kind, namespace, name), manifest, FIELD_MANAGER)
         self._saw(kind, answer)
-        self._applied[(kind, namespace, name)] = _digest(manifest)
+        self._applied[(kind, namespace, name)] = _Applied(_digest(manifest), time.monotonic())
 
-    async def keep(self, manifest: Manifest) -> None:
-        """Apply a child that is ours, unless this very content was applied before."""
+    async def keep(self, manifest: Manifest, trusted_seconds: float) -> None:
+        """Have a ConfigMap or Service be there with this content; a deleted one comes back.
+
+        It is only looked at if the last look is older than `trusted_seconds` or was about another content. Raises
+        NameTaken if the name belongs to somebody else.
+        """
         kind, metadata = manifest["kind"], manifest["metadata"]
         key, digest = (kind, metadata["namespace"], metadata["name"]), _digest(manifest)
-        if self._applied.get(key) != digest:
-            await self.connection.apply(path_of(*key), manifest, FIELD_MANAGER)
-            self._applied[key] = digest
+        known, now = self._applied.get(key), time.monotonic()
+        if known is not None and known.digest == digest and now - known.time < trusted_seconds:
+            return
+        found = await self.connection.get(*key)
+        if found is None or not _is_within(manifest, found):
+            await self.create(manifest)
+        else:
+            self._applied[key] = _Applied(digest, now)
 
     async def share(self, manifest: Manifest, manager: str) -> None:
-        """Apply a shared child under a field manager of its own, so that owners add up."""
-        metadata = manifest["metadata"]
-        path = path_of(manifest["kind"], metadata["namespace"], metadata["name"])
-        self._saw(manifest["kind"], await self.connection.apply(path, manifest, manager))
+        """Create a shared child, or join the owners of one that is there, under a field manager of one's own.
+
+        A manifest without a spec only joins. Raises NameTaken if the name belongs to somebody else.
+        """
+        kind, metadata = manifest["kind"], manifest["metadata"]
+        path = path_of(kind, metadata["namespace"], metadata["name"])
+        if "spec" in manifest:
+            try:
+                query = {"fieldManager": manager}
+                answer = await self.connection.request("POST", path_of(kind, metadata["namespace"]), query, manifest)
+            except ApiError as error:
+                if error.status != 409:
+                    raise
+                await self._shared(kind, metadata)
+                joined = {name: metadata[name] for name in ("name", "namespace", "ownerReferences")}
+                manifest = {**{name: manifest[name] for name in ("apiVersion", "kind")}, "metadata": joined}
+            else:
+                self._saw(kind, answer)
+                return
+        self._saw(kind, await self.connection.apply(path, manifest, manager))
+
+    async def stop(self, namespace: str, name: str, uid: str) -> None:
+        """End the running pods of a child Job, if it is still the one with that uid; its ended pods stay."""
+        body = {"metadata": {"uid": uid}, "spec": {"activeDeadlineSeconds": 1}}
+        try:
+            path, query = path_of("Job", namespace, name), {"fieldManager": FIELD_MANAGER}
+            self._saw("Job", await self.connection.request("PATCH", path, query, body, MERGE))
+        except ApiError as error:
+            if error.status not in (404, 409, 422):  # it is gone, or another one has its name
+                raise
 
     async def suspend(self, namespace: str, name: str, uid: str, suspended: bool) -> None:
         """Suspend or resume a child Job, if it is still the one with that uid."""
@@ -156,9 +197,17 @@ class Cluster:
         path = path_of("Job", namespace, name)
         self._saw("Job", await self.connection.request("PATCH", path, query, body, MERGE))
 
-    async def delete(self, kind: str, namespace: str, name: str, uid: str) -> None:
-        """Delete a child and what depends on it, if it is still the one with that uid."""
-        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
+    async def remove(self, kind: str, namespace: str, name: str, owner: str) -> None:
+        """Delete a ConfigMap or Service that is known by its name only, if it has that owner."""
+        found = await self.connection.get(kind, namespace, name)
+        if found is not None and _is_owned(found, owner):
+            await self.delete(kind, namespace, name, found["metadata"]["uid"])
+        self._applied.pop((kind, namespace, name), None)
+
+    async def delete(self, kind: str, namespace: str, name: str, uid: str, version: str | None = None) -> None:
+        """Delete an object and what depends on it, if it is still the one with that uid and, if given, that version."""
+        exactly = {"uid": uid} if version is None else {"uid": uid, "resourceVersion": version}
+        body = {"propagationPolicy": "Background", "preconditions": exactly}
         try:
             await self.connection.request("DELETE", path_of(kind, namespace, name), {}, body)
         except ApiError as error:
@@ -175,12 +224,21 @@ class Cluster:
         found = await self.connection.get(kind, namespace, name)
         if found is None:
             raise ApiError(409, f"{kind} {name} was deleted while it was looked at")
-        if all(reference["uid"] != owner for reference in found["metadata"].get("ownerReferences") or []):
+        if not _is_owned(found, owner):
             raise NameTaken(
                 f'{kind} "{name}" exists in namespace {namespace} and does not belong to this FineTuneJob: '
                 "delete it, or give the FineTuneJob another name"
             )
         return found
+
+    async def _shared(self, kind: str, metadata: Manifest) -> None:
+        """Check that the object of that name is what we would have made."""
+        namespace, name = metadata["namespace"], metadata["name"]
+        found = await self.connection.get(kind, namespace, name)
+        if found is None:
+            raise ApiError(409, f"{kind} {name} was deleted while it was looked at")
+        if (found["metadata"].get("labels") or {}).get(ROLE_LABEL) != metadata["labels"][ROLE_LABEL]:
+            raise NameTaken(f'{kind} "{name}" exists in namespace {namespace} and was not made by Kubetune: delete it')
 
     def _saw(self, kind: str, answer: Manifest) -> None:
         if kind == "Job":
@@ -292,6 +350,25 @@ def _identity(status: Manifest) -> PodIdentity | None:
     if not pods or not uids or parts[:2] != ["system", "serviceaccount"]:
         return None
     return PodIdentity(namespace=parts[2], pod=pods[0], uid=uids[0])
+
+
+def _is_owned(found: Manifest, owner: str) -> bool:
+    return any(reference["uid"] == owner for reference in found["metadata"].get("ownerReferences") or [])
+
+
+def _is_within(wanted: Any, found: Any) -> bool:
+    """Whether an object has everything that was asked for; the server adds more."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(
+            key in found and _is_within(value, found[key]) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return (
+            isinstance(found, list)
+            and len(found) == len(wanted)
+            and all(_is_within(*pair) for pair in zip(wanted, found, strict=True))
+        )
+    return bool(wanted == found)
 
 
 def _digest(manifest: Manifest) -> str:

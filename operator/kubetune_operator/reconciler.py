@@ -53,12 +53,14 @@ class Reconciler:
         self._conflicts: dict[str, str] = {}
         self._refusals: dict[str, Obstacle] = {}
         self._events = EventBook(cluster.read_events)
+        self._reports_since: datetime | None = None
 
     async def reconcile(self, key: str) -> float | None:
         """Observe, plan, act, write. Returns after how many seconds time alone may change the plan.
 
         Raises OperatorError where the API server did not do its part.
         """
+        self._reports_since = self._reports_since or datetime.now(UTC)
         body = self._store.get(key)
         if body is None:
             self._forget(key)
@@ -109,6 +111,7 @@ class Reconciler:
             pods=[pod for pod in pods.group(group) if _owner_uid(pod) in uids or is_live(pod)],
             gone_pods=[pod for pod in pods.gone(group) if _owner_uid(pod) in uids],
             progress=report,
+            reports_since=self._reports_since,
             conflict=self._conflicts.get(job.key),
             refused=self._refusals.get(job.key),
             events=self._events.known(job.key),
@@ -142,11 +145,17 @@ class Reconciler:
             elif creates:
                 await self._cluster.create(manifest)
             else:
-                await self._cluster.keep(manifest)
+                await self._cluster.keep(manifest, decided.trusted_seconds)
         for suspension in decided.suspend:
             await self._cluster.suspend(namespace, *suspension)
+        for stop in decided.stop:
+            await self._cluster.stop(namespace, *stop)
+        for removal in decided.remove:
+            await self._cluster.remove(removal.kind, namespace, removal.name, body["metadata"]["uid"])
         for deletion in decided.delete:
-            await self._cluster.delete(deletion.kind, namespace, deletion.name, deletion.uid)
+            # A FineTuneJob goes as it was planned with: somebody may just have given it more time to live.
+            exactly = body["metadata"]["resourceVersion"] if deletion.kind == KIND else None
+            await self._cluster.delete(deletion.kind, namespace, deletion.name, deletion.uid, exactly)
 
     async def _tell(self, body: Manifest, decided: Plan) -> bool:
         """Write the status and post the events that explain it, if it changed; whether it did."""

@@ -67,21 +67,21 @@ def test_an_installed_release_has_these_objects(kubectl, release, namespace):
 
 
 ALLOWED = [
-    *[(verb, "finetunejobs.kubetune.io") for verb in ("get", "list", "watch")],
+    *[(verb, "finetunejobs.kubetune.io") for verb in ("get", "list", "watch", "delete")],
     ("patch", "finetunejobs.kubetune.io/status"),
     *[(verb, "jobs.batch") for verb in ("get", "list", "watch", "create", "patch", "delete")],
     *[(verb, "pods") for verb in ("list", "watch")],
-    *[(verb, kind) for kind in ("services", "configmaps") for verb in ("get", "create", "patch")],
+    *[(verb, kind) for kind in ("services", "configmaps") for verb in ("get", "create", "patch", "delete")],
     *[(verb, "events") for verb in ("list", "create", "patch")],
     ("create", "tokenreviews.authentication.k8s.io"),
 ]
 DENIED = [
     *[(verb, "secrets") for verb in ("get", "list", "watch", "create")],
-    *[(verb, "finetunejobs.kubetune.io") for verb in ("create", "update", "patch", "delete")],
+    *[(verb, "finetunejobs.kubetune.io") for verb in ("create", "update", "patch", "deletecollection")],
     *[(verb, "pods") for verb in ("create", "delete", "patch")],
     ("create", "pods/exec"),
     ("list", "configmaps"),
-    ("delete", "services"),
+    ("list", "services"),
     ("get", "nodes"),
     ("get", "persistentvolumeclaims"),
     ("create", "serviceaccounts/token"),

@@ -145,7 +145,7 @@ async def test_a_new_job_is_three_writes(stage, body):
     stage = await stage(body())
     await stage.reconcile()
     assert [line.split("-")[0] for line in stage.api.written] == [
-        "PATCH jobs/kubetune",
+        "POST jobs",
         "PATCH finetunejobs/bot/status",
     ]
     assert stage.status["state"] == "Staging"

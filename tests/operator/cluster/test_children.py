@@ -91,33 +91,156 @@ async def test_a_refused_child_says_why(cluster, server, job):
         await cluster.create(build.service(job()))
 
 
-async def test_a_child_is_kept_with_one_write_as_long_as_it_does_not_change(cluster, server, job):
-    manifest = build.service(job())
+SERVICE = "/api/v1/namespaces/team/services/bot"
+LONG = 300.0
+
+
+async def test_a_child_is_looked_at_once_and_then_trusted(cluster, server, job):
+    server.put(SERVICE, build.service(job()))
     for _ in range(3):
-        await cluster.keep(manifest)
-    assert len(server.requests) == 1
-    await cluster.keep({**manifest, "spec": {"changed": True}})
-    assert len(server.requests) == 2
+        await cluster.keep(build.service(job()), LONG)
+    assert server.requests == [("GET", SERVICE)]
 
 
-async def test_a_child_just_created_needs_no_write_to_be_kept(cluster, server, job):
+async def test_a_child_that_has_what_we_want_and_more_is_not_written(cluster, server, job):
+    """The server adds defaults, and other people's labels are theirs."""
+    found = build.service(job())
+    found["spec"] |= {"type": "ClusterIP"}
+    found["metadata"]["labels"] = {**found["metadata"]["labels"], "team": "ml"}
+    server.put(SERVICE, found)
+    await cluster.keep(build.service(job()), LONG)
+    assert [method for method, _ in server.requests] == ["GET"]
+
+
+CHANGED = {
+    "a value": {"clusterIP": "10.0.0.1"},
+    "a list": {"ports": []},
+    "a part that is gone": {"selector": {}},
+    "another type": {"ports": {}, "selector": "none"},
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+async def test_a_child_that_somebody_has_changed_is_brought_back(cluster, server, job, case):
+    found = build.service(job())
+    found["spec"] |= CHANGED[case]
+    server.put(SERVICE, found)
+    await cluster.keep(build.service(job()), LONG)
+    assert server.requests[-1] == ("PATCH", SERVICE)
+
+
+async def test_a_child_that_somebody_has_deleted_is_created_again(cluster, server, job):
     await cluster.create(build.service(job()))
-    await cluster.keep(build.service(job()))
+    del server.objects[SERVICE]
+    await cluster.keep(build.service(job()), LONG)
+    assert SERVICE not in server.objects, "the last look was a moment ago"
+    await cluster.keep(build.service(job()), 0.0)
+    assert SERVICE in server.objects
+
+
+async def test_a_child_whose_name_somebody_took_is_not_kept(cluster, server, job):
+    await cluster.create(build.service(job()))
+    server.put(SERVICE, {"metadata": {"name": "bot", "namespace": "team"}, "spec": {"theirs": True}})
+    with pytest.raises(NameTaken, match=r'Service "bot" exists'):
+        await cluster.keep(build.service(job()), 0.0)
+    assert server.objects[SERVICE]["spec"] == {"theirs": True}
+
+
+async def test_new_content_is_written_at_once(cluster, server, job):
+    await cluster.create(build.service(job()))
+    await cluster.keep({**build.service(job()), "spec": {"changed": True}}, LONG)
+    assert server.objects[SERVICE]["spec"] == {"changed": True}
+
+
+async def test_a_child_just_created_needs_no_look_to_be_kept(cluster, server, job):
+    await cluster.create(build.service(job()))
+    await cluster.keep(build.service(job()), LONG)
     assert len(server.requests) == 1
 
 
 async def test_what_was_applied_is_forgotten_with_its_job(cluster, server, job):
-    await cluster.keep(build.service(job()))
+    await cluster.create(build.service(job()))
     cluster.forget("team", ["bot"])
-    await cluster.keep(build.service(job()))
-    assert len(server.requests) == 2
+    await cluster.keep(build.service(job()), LONG)
+    assert server.requests[-1] == ("GET", SERVICE)
 
 
-async def test_a_shared_child_is_applied_under_a_manager_of_its_own(cluster, server, job, settings):
+async def test_a_shared_child_is_created_under_a_manager_of_its_own(cluster, server, job, settings):
     manifest = build.stage_job(job(), settings)
     await cluster.share(manifest, names.stage_manager(job()))
-    assert server.queries == [{"fieldManager": f"kubetune-{job().uid}", "force": "true"}]
+    assert server.requests == [("POST", JOBS)]
+    assert server.queries == [{"fieldManager": f"kubetune-{job().uid}"}]
     assert cluster.jobs.get("team", manifest["metadata"]["name"]) is not None
+
+
+async def test_a_shared_child_that_another_job_has_just_created_is_joined_and_not_changed(
+    cluster, server, job, settings
+):
+    manifest = build.stage_job(job(), settings)
+    server.put(f"{JOBS}/{manifest['metadata']['name']}", {**manifest, "spec": {"as": "before"}})
+    await cluster.share(manifest, names.stage_manager(job()))
+    assert [method for method, _ in server.requests] == ["POST", "GET", "PATCH"]
+    assert set(server.bodies[-1]) == {"apiVersion", "kind", "metadata"}
+    assert set(server.bodies[-1]["metadata"]) == {"name", "namespace", "ownerReferences"}
+    assert server.queries[-1] == {"fieldManager": f"kubetune-{job().uid}", "force": "true"}
+
+
+async def test_a_shared_child_s_name_that_belongs_to_somebody_else_is_not_taken_over(cluster, server, job, settings):
+    manifest = build.stage_job(job(), settings)
+    name = manifest["metadata"]["name"]
+    theirs = server.put(f"{JOBS}/{name}", {"metadata": {"name": name, "namespace": "team"}, "spec": {"theirs": True}})
+    with pytest.raises(NameTaken, match=f'Job "{name}" exists in namespace team and was not made by Kubetune'):
+        await cluster.share(manifest, names.stage_manager(job()))
+    assert server.objects[f"{JOBS}/{name}"] == theirs
+
+
+async def test_a_shared_child_that_vanishes_while_it_is_looked_at_is_tried_again(cluster, server, job, settings):
+    server.answers = [refused(409, "already exists"), refused(404, "not found")]
+    with pytest.raises(ApiError, match=r"409: Job kubetune-stage-.* was deleted"):
+        await cluster.share(build.stage_job(job(), settings), names.stage_manager(job()))
+
+
+async def test_joining_alone_is_one_apply(cluster, server, job, settings):
+    server.put(f"{JOBS}/{build.stage_job(job(), settings)['metadata']['name']}", build.stage_job(job(), settings))
+    await cluster.share(build.stage_adoption(job()), names.stage_manager(job()))
+    assert [method for method, _ in server.requests] == ["PATCH"]
+
+
+async def test_stopping_names_the_uid_and_leaves_the_job(cluster, server, job, settings):
+    server.put(f"{JOBS}/bot-a1", build.worker_job(job(), 1, settings))
+    await cluster.stop("team", "bot-a1", "uid-11")
+    assert server.bodies[-1] == {"metadata": {"uid": "uid-11"}, "spec": {"activeDeadlineSeconds": 1}}
+    assert server.types[-1] == "application/merge-patch+json"
+
+
+@pytest.mark.parametrize("status", [404, 409, 422])
+async def test_stopping_what_is_gone_is_done(cluster, server, status):
+    server.answers = [refused(status, "gone")]
+    await cluster.stop("team", "bot-a1", "uid-11")
+
+
+async def test_stopping_may_be_forbidden(cluster, server):
+    server.answers = [refused(403, "no")]
+    with pytest.raises(ApiError):
+        await cluster.stop("team", "bot-a1", "uid-11")
+
+
+async def test_what_is_ours_is_removed_by_its_name(cluster, server, job):
+    server.put(SERVICE, build.service(job()))
+    await cluster.remove("Service", "team", "bot", job().uid)
+    assert server.objects == {}
+    assert server.bodies[-1]["preconditions"] == {"uid": "uid-11"}
+
+
+async def test_what_is_not_ours_is_not_removed(cluster, server, job):
+    server.put(SERVICE, {"metadata": {"name": "bot", "namespace": "team"}})
+    await cluster.remove("Service", "team", "bot", job().uid)
+    assert SERVICE in server.objects
+
+
+async def test_removing_what_is_gone_is_done(cluster, server, job):
+    await cluster.remove("Service", "team", "bot", job().uid)
+    assert server.requests == [("GET", SERVICE)]
 
 
 async def test_suspending_names_the_uid(cluster, server, job, settings):
@@ -134,6 +257,12 @@ async def test_deleting_names_the_uid_and_leaves_the_rest_to_the_collector(clust
     await cluster.delete("Job", "team", "bot-a1", "uid-11")
     assert server.bodies[-1] == {"propagationPolicy": "Background", "preconditions": {"uid": "uid-11"}}
     assert server.objects == {}
+
+
+async def test_deleting_may_name_the_version_too(cluster, server):
+    server.answers = [refused(409, "the ResourceVersion in the precondition does not match")]
+    await cluster.delete("FineTuneJob", "team", "bot", "uid-1", "77")
+    assert server.bodies[-1]["preconditions"] == {"uid": "uid-1", "resourceVersion": "77"}
 
 
 @pytest.mark.parametrize("uid", ["uid-11", "another"], ids=["gone", "a namesake"])

@@ -14,7 +14,6 @@ from kubetune_operator.diagnosis import (
     condition,
     ended,
     ending_condition,
-    index_of,
     is_deleting,
     is_live,
     is_lost,
@@ -205,9 +204,8 @@ def _say_running(turn: Decision, pods: list[Manifest]) -> None:
     turn.condition("Started", True, "Started", f"All workers of attempt {attempt} came up.")
     evicted = next((pod for pod in pods if condition(pod, "DisruptionTarget") is not None), None)
     if evicted is not None:
-        words = condition(evicted, "DisruptionTarget") or {}
-        message = f"Worker {index_of(evicted)} is being evicted ({words.get('reason')}): {words.get('message')}"
-        turn.condition("Running", True, "Disruption", message, event="Warning")
+        reason, message = turn.disruption(evicted)
+        turn.condition("Running", True, reason, message, event="Warning")
         return
     done = sum(pod.get("status", {}).get("phase") == "Succeeded" for pod in pods)
     running = f"{sum(is_ready(pod) for pod in pods)} of {counted(nodes, 'worker')}"

@@ -13,9 +13,9 @@ from typing import Any, Final, NamedTuple, Self
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_operator.api import API_VERSION, KIND
 from kubetune_operator.connection import MERGE, Connection, Manifest, path_of
+from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, ROLE_LABEL, STAGE
-from kubetune_operator.obstacles import Inquiry
 from kubetune_operator.watch import ObjectCache
 
 WATCH_SECONDS: Final = 300

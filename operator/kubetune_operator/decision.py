@@ -6,9 +6,25 @@ from typing import Any, Final, NamedTuple
 
 from kubetune_contract.progress import ProgressReport
 from kubetune_operator.api import KIND, Condition, ConditionType, Display, FineTuneJob, FineTuneJobStatus
-from kubetune_operator.diagnosis import Manifest, moment
+from kubetune_operator.diagnosis import (
+    Cause,
+    Ending,
+    Events,
+    Inquiry,
+    Manifest,
+    about,
+    culprit,
+    disruption,
+    ended,
+    ending,
+    is_live,
+    is_lost,
+    moment,
+    node_lost,
+    was_preempted,
+)
 from kubetune_operator.names import ATTEMPT_LABEL
-from kubetune_operator.obstacles import Events, Inquiry, Obstacle, inquiries, not_created, obstacle
+from kubetune_operator.obstacles import Obstacle, inquiries, not_created, obstacle
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import clipped, clock_stopped, find, is_true, seconds_of, state_of, with_condition
 
@@ -211,6 +227,24 @@ class Decision:
         message = prefix + found.told
         event = "Warning" if found.warning else None
         self.condition(kind, False, found.reason, message[0].upper() + message[1:], event)
+
+    def ending(self, child: Manifest, pods: list[Manifest]) -> Ending | None:
+        """Why a failing child Job ended, given all its pods, also those that are gone; None if none shows it."""
+        first = culprit(child, pods)
+        if first is not None and was_preempted(first):
+            self.inquire(about(first))
+        why = ending(child, pods, self.observed.events)
+        lost = [pod for pod in pods if is_live(pod) and is_lost(pod, self.now, self.settings.lost_node_grace_seconds)]
+        if why is not None and why.cause in (Cause.LEFT, Cause.UNCLEAR) and lost:
+            return node_lost(lost[0])
+        return why
+
+    def disruption(self, pod: Manifest) -> tuple[str, str]:
+        """Reason and sentence of a pod that is being taken away from outside."""
+        if was_preempted(pod):
+            self.inquire(about(pod))
+        reason, told = disruption(pod, self.observed.events, "must leave")
+        return reason, ended(told[0].upper() + told[1:])
 
     def refused(self, kind: ConditionType, found: Obstacle) -> None:
         """Say why the API server refuses a child, and try again later."""

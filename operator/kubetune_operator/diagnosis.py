@@ -1,7 +1,8 @@
 """What Jobs and pods say, and why one of them ended. Pure functions over API objects."""
 
+import re
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from enum import IntEnum
 from typing import Any, Final, NamedTuple
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from kubetune_contract.exit_codes import USER_ERRORS, ExitCode, reason_of
 from kubetune_contract.progress import TerminationMessage
+from kubetune_operator.names import CONTAINER
 
 Manifest = dict[str, Any]
 
@@ -17,7 +19,21 @@ INDEX_LABEL: Final = "batch.kubernetes.io/job-completion-index"
 LOG_LINES: Final = 12
 """Last lines of a log that are worth quoting."""
 
+_EXIT_CODE: Final = re.compile(r"failed with exit code (\d+)")
 _LEAVING: Final = frozenset({ExitCode.SAVED, ExitCode.PEER_LOST, 128 + signal.SIGTERM})
+
+
+class Inquiry(NamedTuple):
+    """An object whose Events are to be read: its own status does not say all."""
+
+    kind: str
+    name: str
+    uid: str | None = None
+    """None for an object that is known by its name alone."""
+
+
+Events = Mapping[Inquiry, Sequence[Manifest]]
+"""Events by the object that they are about."""
 
 
 class Cause(IntEnum):
@@ -107,6 +123,11 @@ def name_of(pod: Manifest) -> str:
     return f"worker {labels[INDEX_LABEL]}" if INDEX_LABEL in labels else "the staging pod"
 
 
+def about(pod: Manifest) -> Inquiry:
+    """The pod's own Events."""
+    return Inquiry("Pod", pod["metadata"]["name"], pod["metadata"].get("uid"))
+
+
 def node_of(pod: Manifest) -> str:
     """The pod's node in a sentence: `node "gpu-3"`."""
     name = pod["spec"].get("nodeName")
@@ -114,12 +135,18 @@ def node_of(pod: Manifest) -> str:
 
 
 def ended_container(pod: Manifest) -> Manifest | None:
-    """The terminated state of the pod's container."""
-    for container in pod.get("status", {}).get("containerStatuses") or []:
-        state: Manifest | None = container.get("state", {}).get("terminated")
-        if state is not None:
-            return state
-    return None
+    """The terminated state of our own container, or of another one that failed and took the pod along."""
+    return _ended(pod)[1]
+
+
+def _ended(pod: Manifest) -> tuple[str, Manifest | None]:
+    """The container that tells how the pod ended, and its terminated state."""
+    status = pod.get("status", {})
+    states = [*(status.get("containerStatuses") or []), *(status.get("initContainerStatuses") or [])]
+    over = [(one.get("name", CONTAINER), one["state"]["terminated"]) for one in states if "terminated" in one["state"]]
+    ours = [item for item in over if item[0] == CONTAINER]
+    others = [item for item in over if item[1].get("exitCode")]
+    return next(iter([*ours, *others]), (CONTAINER, None))
 
 
 def last_word(pod: Manifest) -> TerminationMessage | None:
@@ -131,7 +158,7 @@ def last_word(pod: Manifest) -> TerminationMessage | None:
         return None
 
 
-def ending(job: Manifest, pods: Iterable[Manifest]) -> Ending | None:
+def ending(job: Manifest, pods: Iterable[Manifest], events: Events | None = None) -> Ending | None:
     """Why the failed or failing Job ended. None if no pod shows it: the caller may wait a moment for one."""
     end = ending_condition(job) or {}
     since = moment(end.get("lastTransitionTime"))
@@ -144,7 +171,7 @@ def ending(job: Manifest, pods: Iterable[Manifest]) -> Ending | None:
         cause = Cause.REMOVED  # the others certainly went later
     if cause > Cause.DISRUPTION and "DisruptionTarget" in end.get("message", ""):
         return Ending(Cause.DISRUPTION, "Disruption", end["message"])
-    return _told(cause, first)
+    return _told(cause, first, events or {})
 
 
 def culprit(job: Manifest, pods: Iterable[Manifest]) -> Manifest | None:
@@ -162,58 +189,181 @@ def _failed(pods: Iterable[Manifest], since: datetime | None) -> list[Manifest]:
 def ending_by_job(job: Manifest) -> Ending:
     """Why the Job ended, where only its own condition is left to tell it."""
     end = ending_condition(job) or {}
-    name, reason, words = job["metadata"]["name"], end.get("reason", ExitCode.CRASH.reason), end.get("message", "")
+    name, reason, words = job["metadata"]["name"], end.get("reason", ""), end.get("message", "")
     if "DisruptionTarget" in words:
         return Ending(Cause.DISRUPTION, "Disruption", words)
+    told, code = f"Job {name} has failed: {words or reason}", _EXIT_CODE.search(words)
+    if code is not None and int(code[1]) in USER_ERRORS:
+        return Ending(Cause.USER_ERROR, reason_of(int(code[1])), told)
     if reason == "BackoffLimitExceeded":
-        words = "a pod failed or was deleted, and nothing of it is left to read"
-    return Ending(Cause.CRASH, reason, f"Job {name} has failed: {words or reason}")
+        told = f"Job {name} has failed: a pod failed or was deleted, and nothing of it is left to read"
+    return Ending(Cause.CRASH, reason if reason == "DeadlineExceeded" else ExitCode.CRASH.reason, told)
 
 
 def cause_of(pod: Manifest, end: datetime | None) -> Cause:
     """Why the pod ended, given when its Job was found to fail."""
-    code = (ended_container(pod) or {}).get("exitCode")
+    container, state = _ended(pod)
+    code = (state or {}).get("exitCode") if container == CONTAINER else None
     if code in USER_ERRORS:
         return Cause.USER_ERROR
-    if condition(pod, "DisruptionTarget") is not None:
+    if condition(pod, "DisruptionTarget") is not None or _was_rejected(pod):
         return Cause.DISRUPTION
     asked = _deletion_asked(pod)
     if asked is not None and end is not None and asked >= end:
         return Cause.COLLATERAL if asked > end else Cause.UNCLEAR
     if asked is not None:
         return Cause.REMOVED
-    return Cause.LEFT if code in _LEAVING else Cause.CRASH
+    return Cause.LEFT if code in _LEAVING and not _is_over_limit(pod) else Cause.CRASH
 
 
-def _told(cause: Cause, pod: Manifest) -> Ending:
-    state, who = ended_container(pod) or {}, name_of(pod)
-    who = who[0].upper() + who[1:]
-    code, word = state.get("exitCode", ExitCode.CRASH), last_word(pod)
+def node_lost(pod: Manifest) -> Ending:
+    """The end of an attempt one of whose pods should be gone and is not: its peers only lost it."""
+    who = _capital(name_of(pod))
+    return Ending(Cause.DISRUPTION, "NodeLost", f"{who} does not end on {node_of(pod)}, which no longer answers")
+
+
+def was_preempted(pod: Manifest) -> bool:
+    """Whether the scheduler took the pod's place for another one. Its Events name that one."""
+    return (condition(pod, "DisruptionTarget") or {}).get("reason") == "PreemptionByScheduler"
+
+
+def disruption(pod: Manifest, events: Events, verb: str) -> tuple[str, str]:
+    """Reason and sentence of a pod that is taken away from outside, such as `worker 1 must leave node "a": ...`."""
+    target = condition(pod, "DisruptionTarget") or {}
+    kind, words = target.get("reason", ""), target.get("message", "").strip()
+    reason, why = _disruption(kind, words, pod, events)
+    return reason, f"{name_of(pod)} {verb} {node_of(pod)}: {why} ({kind}: {words})"
+
+
+def _disruption(kind: str, words: str, pod: Manifest, events: Events) -> tuple[str, str]:
+    for known, word, reason, why in _DISRUPTIONS:
+        if kind == known and word in words:
+            return reason, why.format(pod=_preemptor(pod, events))
+    return "Disruption", "it was taken away"
+
+
+_DISRUPTIONS: Final = (
+    ("PreemptionByScheduler", "", "Preempted", "{pod} of a higher priority takes its place"),
+    (
+        "EvictionByEvictionAPI",
+        "",
+        "Evicted",
+        "an eviction, such as kubectl drain, autoscalers and deschedulers ask for",
+    ),
+    ("DeletionByTaintManager", "", "NodeLost", "a NoExecute taint: the node does not answer, or it is being emptied"),
+    ("DeletionByPodGC", "", "NodeLost", "the node no longer exists"),
+    ("TerminationByKubelet", "shutdown", "NodeShutdown", "the node shuts down"),
+    ("TerminationByKubelet", "critical", "Preempted", "a critical pod takes its place"),
+    (
+        "TerminationByKubelet",
+        "",
+        "NodePressure",
+        "the node ran out of a resource, of which it used more than it requests",
+    ),
+)
+"""Kubernetes' reason (its page on disruptions lists them), a word of its message, our reason and our words."""
+
+
+def _preemptor(pod: Manifest, events: Events) -> str:
+    for event in events.get(about(pod), ()):
+        by = event.get("related") or {}
+        if event.get("reason") == "Preempted" and by.get("name"):
+            return f"pod {by.get('namespace')}/{by['name']}"
+    return "a pod"
+
+
+def _told(cause: Cause, pod: Manifest, events: Events) -> Ending:
+    who, word = _capital(name_of(pod)), last_word(pod)
     if cause is Cause.DISRUPTION:
-        evicted = condition(pod, "DisruptionTarget") or {}
-        return Ending(cause, "Disruption", f"{who} was evicted ({evicted.get('reason')}: {evicted.get('message')})")
+        return _rejected(pod) if _was_rejected(pod) else _disrupted(pod, events)
     if cause is Cause.REMOVED:
         return Ending(cause, "PodDeleted", f"{who}'s pod was deleted")
     if cause is Cause.UNCLEAR:
         return Ending(cause, "PodDeleted", "A worker's pod was deleted")
     if cause is Cause.USER_ERROR and word is not None:
         return Ending(cause, word.reason, word.message)
-    message = f"{who} ended with exit code {code}{_circumstances(pod, state)}"
+    if _is_over_limit(pod):
+        told = f"{who} was ended by {node_of(pod)}: {pod['status'].get('message', '').strip()}"
+        remedy = "Raise ephemeral-storage under workers.resources.limits: /tmp and all that is not a volume count"
+        return Ending(cause, "StorageLimitExceeded", f"{ended(told)} {remedy}")
+    return _by_code(cause, pod, who, word)
+
+
+def _by_code(cause: Cause, pod: Manifest, who: str, word: TerminationMessage | None) -> Ending:
+    container, state = _ended(pod)
+    state = state or {}
+    code, kind = state.get("exitCode", ExitCode.CRASH), state.get("reason")
+    if kind in _NOT_STARTED:
+        return Ending(cause, "StartError", f"{who}'s container could not be started: {state.get('message', '')}")
+    name = who if container == CONTAINER else f'{who}\'s container "{container}"'
+    message = f"{name} ended with exit code {code}"
+    if kind == "OOMKilled":
+        return Ending(cause, "OOMKilled", f"{message} ({_out_of_memory(pod, container)}", _log(pod, state, word))
+    message += _signal(code)
     if word is not None:
-        return Ending(cause, word.reason, f"{message}: {word.message}")
-    reason = "OOMKilled" if state.get("reason") == "OOMKilled" else reason_of(code)
-    return Ending(cause, reason, message, _log(pod, state))
+        return Ending(cause, word.reason, f"{message}: {word.message}", word.log or "")
+    reason = reason_of(code) if container == CONTAINER else ExitCode.CRASH.reason
+    return Ending(cause, reason, message, _log(pod, state, word))
 
 
-def _circumstances(pod: Manifest, state: Manifest) -> str:
-    if state.get("reason") != "OOMKilled":
-        return ""
-    limits = (container.get("resources", {}).get("limits", {}) for container in pod["spec"]["containers"])
-    limit = next((limit["memory"] for limit in limits if "memory" in limit), None)
-    return f" (OOMKilled; memory limit {limit})" if limit else " (OOMKilled; it has no memory limit, its node ran out)"
+_NOT_STARTED: Final = ("StartError", "ContainerCannotRun")
 
 
-def _log(pod: Manifest, state: Manifest) -> str:
+def _out_of_memory(pod: Manifest, name: str) -> str:
+    spec = pod["spec"]
+    containers = [*spec["containers"], *(spec.get("initContainers") or [])]
+    found = next((one for one in containers if one["name"] == name), containers[0])
+    limit = found.get("resources", {}).get("limits", {}).get("memory")
+    if limit is None:
+        return "OOMKilled; it has no memory limit, its node ran out). Request the memory that it needs"
+    if INDEX_LABEL not in pod["metadata"].get("labels", {}):
+        return f"OOMKilled; memory limit {limit}). Staging asks for no limit: raise that of the namespace's LimitRange"
+    return (
+        f"OOMKilled; memory limit {limit}). Raise workers.resources.limits.memory, or lower training.batchSize, "
+        "dataset.maxSequenceLength or the processes of a worker"
+    )
+
+
+def _signal(code: int) -> str:
+    """What ended a process that gave no exit code of its own."""
+    if code == 128 + signal.SIGKILL:
+        return " (SIGKILL, but not by its own memory limit: often its node ran out of memory)"
+    known = {128 + number: number.name for number in (signal.SIGABRT, signal.SIGSEGV, signal.SIGBUS, signal.SIGTERM)}
+    return f" ({known[code]})" if code in known else ""
+
+
+def _disrupted(pod: Manifest, events: Events) -> Ending:
+    reason, told = disruption(pod, events, "had to leave")
+    return Ending(Cause.DISRUPTION, reason, _capital(told))
+
+
+def _was_rejected(pod: Manifest) -> bool:
+    """Whether the kubelet has not taken the pod at all."""
+    status = pod.get("status", {})
+    if condition(pod, "DisruptionTarget") is not None or ended_container(pod) is not None:
+        return False
+    return status.get("phase") == "Failed" and bool(status.get("reason"))
+
+
+def _rejected(pod: Manifest) -> Ending:
+    status = pod["status"]
+    words = status.get("message", "").strip().removeprefix("Pod was rejected: ")
+    told = f"{_capital(node_of(pod))} did not take {name_of(pod)} ({status['reason']}): {words}"
+    return Ending(Cause.DISRUPTION, "NodeRejected", told)
+
+
+def _is_over_limit(pod: Manifest) -> bool:
+    """Whether the kubelet ended the pod for writing more than it may: that is no disruption, it would do so again."""
+    return pod.get("status", {}).get("reason") == "Evicted" and condition(pod, "DisruptionTarget") is None
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def _log(pod: Manifest, state: Manifest, word: TerminationMessage | None) -> str:
+    if word is not None:
+        return word.log or ""
     text = state.get("message") or pod.get("status", {}).get("message") or ""
     lines = [line for line in text.strip().splitlines() if line.strip()]
     return "\n".join(lines[-LOG_LINES:])

@@ -9,9 +9,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from kubetune_operator.diagnosis import Manifest
+from kubetune_operator.diagnosis import Events, Inquiry, Manifest
 from kubetune_operator.errors import OperatorError
-from kubetune_operator.obstacles import Events, Inquiry
 
 FIRST_SECONDS: Final = 5.0
 """Between the first and the second reading of one object's Events; then twice as long each time."""

@@ -5,12 +5,15 @@ why a volume is not mounted, and why a claim is not bound. They are worth a requ
 """
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Final, NamedTuple
 
 from kubetune_operator.diagnosis import (
+    Events,
+    Inquiry,
     Manifest,
+    about,
     condition,
     ended,
     ending_condition,
@@ -55,19 +58,6 @@ _REFUSED_OBJECT: Final = re.compile(r'^\S+ "[^"]*" is forbidden: ')
 _MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in (Secret|ConfigMap) [^/]+/(\S+)")
 _MISSING_OBJECT: Final = re.compile(r'\b(secret|configmap) "([^"]+)" not found')
 _MISSING_ITEM: Final = re.compile(r"(configmap|secret) references non-existent (?:config|secret) key: (\S+)")
-
-
-class Inquiry(NamedTuple):
-    """An object whose Events are to be read: its own status does not say what holds it up."""
-
-    kind: str
-    name: str
-    uid: str | None = None
-    """None for an object that is known by its name alone."""
-
-
-Events = Mapping[Inquiry, Sequence[Manifest]]
-"""Events by the object that they are about."""
 
 
 class Obstacle(NamedTuple):
@@ -249,11 +239,6 @@ def _question(pod: Manifest) -> tuple[float, *tuple[Inquiry, ...]]:
     if condition(pod, "PodScheduled") is None:
         return (POD_SECONDS, *_claims(pod))
     return START_SECONDS, about(pod)
-
-
-def about(pod: Manifest) -> Inquiry:
-    """The pod's own Events."""
-    return Inquiry("Pod", pod["metadata"]["name"], pod["metadata"].get("uid"))
 
 
 def _claims(pod: Manifest) -> list[Inquiry]:

@@ -7,7 +7,6 @@ from kubetune_operator.decision import Decision
 from kubetune_operator.diagnosis import (
     Manifest,
     condition,
-    ending,
     ending_by_job,
     ending_condition,
     is_deleting,
@@ -96,7 +95,7 @@ def _told(staged: StagedModel, turn: Decision) -> str:
 def _failed(turn: Decision, child: Manifest) -> None:
     pods = turn.observed.stage_pods
     kept = [pod for pod in pods if condition(pod, "DisruptionTarget") is None]  # the Job retries evicted ones by itself
-    why = ending(child, kept or pods)
+    why = turn.ending(child, kept or pods)
     if why is None:
         if not turn.evidence_due((ending_condition(child) or {}).get("lastTransitionTime")):
             return

@@ -13,7 +13,6 @@ from kubetune_operator.diagnosis import (
     Cause,
     Ending,
     Manifest,
-    ending,
     ending_by_job,
     ending_condition,
     index_of,
@@ -29,7 +28,7 @@ def diagnose(turn: Decision, child: Manifest) -> None:
     """Give the verdict on an attempt whose Job fails, as soon as its pods have told enough."""
     attempt = turn.attempt
     gone = [pod for pod in turn.observed.gone_pods if attempt_of(pod) == attempt]
-    why = ending(child, [*turn.workers_of(attempt), *gone])
+    why = turn.ending(child, [*turn.workers_of(attempt), *gone])
     if why is None:
         if not turn.evidence_due((ending_condition(child) or {}).get("lastTransitionTime")):
             _say_ending(turn, "The workers are ending.")

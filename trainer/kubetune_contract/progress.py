@@ -92,13 +92,19 @@ class TerminationMessage(ContractModel):
     """Of the exit code: `Done`, `InvalidData`, ..."""
     message: str
     """One sentence for people: what happened, and the remedy when it is theirs."""
+    log: str | None = None
+    """The last lines of the traceback of a crash."""
     result: Result | None = None
     checkpoint: CheckpointStatus | None = None
     staged: StagedModel | None = None
     staged_data: StagedData | None = None
 
     def fitted(self) -> Self:
-        """The same message, its text shortened until the JSON fits the kubelet's limit."""
+        """The same message, its log and then its text shortened until the JSON fits the kubelet's limit."""
+        excess = len(self.to_json().encode()) - TERMINATION_LIMIT
+        if excess > 0 and self.log:
+            log = self.log[excess:].partition("\n")[2]  # whole lines
+            return self.model_copy(update={"log": log or None}).fitted()
         excess = len(self.to_json().encode()) - TERMINATION_LIMIT
         if excess <= 0:
             return self

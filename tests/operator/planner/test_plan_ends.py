@@ -80,7 +80,7 @@ ENDS = [
         1,
         0,
         10,
-        "Worker 1 ended with exit code 137 (OOMKilled; memory limit 2Gi). Attempt 2",
+        "Worker 1 ended with exit code 137 (OOMKilled; memory limit 2Gi). Raise workers.resources.limits.memory",
     ),
     Ends(
         "memory without a limit says that the node ran out",
@@ -100,7 +100,7 @@ ENDS = [
         1,
         0,
         10,
-        "Worker 1 ended with exit code 139.",
+        "Worker 1 ended with exit code 139 (SIGSEGV).",
     ),
     Ends(
         "of two crashes the first is quoted",
@@ -192,7 +192,8 @@ ENDS = [
         2,
         1,
         10,
-        "Worker 1 was evicted (EvictionByEvictionAPI: Eviction API). Attempt 4 starts from the beginning at "
+        "Worker 1 had to leave its node: an eviction, such as kubectl drain, autoscalers and deschedulers ask for "
+        "(EvictionByEvictionAPI: Eviction API). Attempt 4 starts from the beginning at "
         "12:00:10 UTC (an eviction is not counted).",
     ),
     Ends(
@@ -203,7 +204,7 @@ ENDS = [
         3,
         8,
         10,
-        "Worker 0 was evicted",
+        "Worker 0 had to leave its node",
     ),
     Ends(
         "workers that saved together after an eviction are a disruption",
@@ -213,7 +214,7 @@ ENDS = [
         0,
         1,
         10,
-        "Worker 1 was evicted",
+        "Worker 1 had to leave its node",
     ),
     Ends(
         "an evicted pod that is already gone is told by the Job",

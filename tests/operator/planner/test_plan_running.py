@@ -40,10 +40,11 @@ def test_an_eviction_is_told_while_the_worker_still_saves(world, told):
     decided = world.running().evicted(1).plan()
     assert told(decided, "Running") == (
         "True",
-        "Disruption",
-        "Worker 1 is being evicted (EvictionByEvictionAPI): Eviction API",
+        "Evicted",
+        "Worker 1 must leave its node: an eviction, such as kubectl drain, autoscalers and deschedulers ask for "
+        "(EvictionByEvictionAPI: Eviction API).",
     )
-    assert decided.events[0][:2] == ("Warning", "Disruption")
+    assert decided.events[0][:2] == ("Warning", "Evicted")
 
 
 def test_configuration_and_service_are_kept_while_workers_run(world, kinds):

@@ -43,6 +43,10 @@ class HubServer(ThreadingHTTPServer):
         """File -> bytes of its content that went out."""
         self.downloads: Counter[str] = Counter()
         """File -> how often its content was asked for."""
+        self.spoil: set[str] = set()
+        """Files whose next download has a wrong byte."""
+        self.moved = False
+        """`main` and `v1` lead elsewhere now: only COMMIT is served."""
         self.requests = 0
         self.on_request: Callable[[], object] = lambda: None
         """Called first for every request."""
@@ -103,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _tell(self, repo: str, what: str, revision: str) -> None:
         if repo != self.server.repo:
             self._refuse(404, "RepoNotFound")
-        elif revision not in ("main", "v1", COMMIT):
+        elif revision not in ((COMMIT,) if self.server.moved else ("main", "v1", COMMIT)):
             self._refuse(404, "RevisionNotFound")
         elif what == "revision":
             siblings = [{"rfilename": entry["path"], "blobId": entry["oid"]} | entry for entry in self._entries()]
@@ -142,6 +146,9 @@ class _Handler(BaseHTTPRequestHandler):
         stalled = self.server.stall.pop(name, None)
         limit = self.server.cut.pop(name, stalled)
         part = content[:limit]
+        if name in self.server.spoil:
+            self.server.spoil.remove(name)
+            part = part[:-1] + bytes([part[-1] ^ 1])
         self.server.sent[name] = self.server.sent.get(name, 0) + len(part)
         self.wfile.write(part)
         if stalled is not None:
@@ -173,4 +180,5 @@ def _etag(file: Path) -> str:
     content = file.read_bytes()
     if len(content) > LARGE:
         return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(content, usedforsecurity=False).hexdigest()
+    header = f"blob {len(content)}\0".encode()  # small files are named as git names them
+    return hashlib.sha1(header + content, usedforsecurity=False).hexdigest()

@@ -5,13 +5,9 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -20,46 +16,12 @@ from huggingface_hub import constants
 
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.paths import COMPLETE_FILE, TERMINATION_LIMIT
-from kubetune_contract.progress import TerminationMessage
-from kubetune_contract.staging import StageSource, StagingManifest
-from kubetune_trainer.download import StorageError, storage
-from kubetune_trainer.stage import _WORDS, LOCK_FILE, main, stage
+from kubetune_contract.staging import StageSource
+from kubetune_trainer.stage import LOCK_FILE, _words, main, stage
+from kubetune_trainer.transfer import StorageError, storage
 
 from .hub_server import COMMIT, REPO, TOKEN, HubServer, redirect, serve
-
-
-class Claim:
-    """A models claim, and the staging container that works on it. After a run `code` and `output` tell more."""
-
-    def __init__(self, folder: Path) -> None:
-        self.root = folder / "models"
-        self.log = folder / "termination-log"
-        self.environment = {"HF_HOME": str(folder / "home")}
-        self.root.mkdir()
-        self.log.touch()
-
-    def stage(self, path: str, **source: Any) -> TerminationMessage:
-        """Stages in this process; returns the termination message."""
-        output = StringIO()
-        with redirect_stdout(output), redirect_stderr(output):
-            self.code = main(self._arguments(path, source))
-        self.output = output.getvalue()
-        return TerminationMessage.model_validate_json(self.log.read_text())
-
-    def run(self, path: str, *, prefix: tuple[str, ...] = (), **source: Any) -> TerminationMessage:
-        """Stages in a process of its own, as the container does. Slow: it imports everything."""
-        command = [*prefix, sys.executable, "-m", "kubetune_trainer", "stage", *self._arguments(path, source)]
-        clean = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-        done = subprocess.run(command, env=clean | self.environment, check=False, capture_output=True, text=True)
-        self.code, self.output = done.returncode, done.stdout + done.stderr
-        return TerminationMessage.model_validate_json(self.log.read_text())
-
-    def _arguments(self, path: str, source: dict[str, Any]) -> list[str]:
-        document = StageSource(path=path, **source).to_json()
-        return ["--source", document, "--root", str(self.root), "--termination-log", str(self.log)]
-
-    def manifest(self, path: str) -> StagingManifest:
-        return StagingManifest.model_validate_json((self.root / path / COMPLETE_FILE).read_bytes())
+from .stage_claim import Claim
 
 
 @pytest.fixture
@@ -96,9 +58,19 @@ def test_a_whole_model_is_described_and_gets_its_manifest(claim: Claim, llama_fo
         "architecture": "LlamaForCausalLM",
         "parameters": 44880,
         "bytes": total,
+        "sizes": {
+            "vocabSize": 97,
+            "hiddenSize": 48,
+            "intermediateSize": 80,
+            "numHiddenLayers": 2,
+            "numAttentionHeads": 6,
+            "numKeyValueHeads": 2,
+            "headDim": 8,
+            "tieWordEmbeddings": False,
+        },
     }
     manifest = claim.manifest("tiny")
-    assert manifest.model == message.staged
+    assert manifest.staged == message.staged
     assert {file.path: file.sha256 for file in manifest.files} == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files
     }
@@ -159,7 +131,7 @@ def test_a_renamed_folder_is_checked_again(claim: Claim, tiny: Path) -> None:
     folder.rename(claim.root / "other")
     message = claim.stage("other")
     assert message.staged is not None
-    assert message.staged.path == claim.manifest("other").model.path == "other"
+    assert message.staged.path == claim.manifest("other").staged.path == "other"
 
 
 def gpt2(folder: Path) -> None:
@@ -222,20 +194,23 @@ def test_a_claim_that_cannot_be_written_is_told_with_the_remedy(claim: Claim, ti
 
 
 STORAGE = {
-    "full": (errno.ENOSPC, "the models claim is full: enlarge it, or delete models that are no longer used"),
-    "over the quota": (errno.EDQUOT, "the models claim is full: enlarge it, or delete models that are no longer used"),
+    "full": (errno.ENOSPC, "enlarge the models claim, or delete models that are no longer used"),
+    "over the quota": (errno.EDQUOT, "enlarge the models claim, or delete models that are no longer used"),
     "mounted read-only": (errno.EROFS, f"make the models claim writable for user {os.getuid()}: staging writes"),
 }
 
 
 @pytest.mark.parametrize(("number", "remedy"), STORAGE.values(), ids=STORAGE.keys())
 def test_errors_of_the_file_system_have_a_remedy(number: int, remedy: str) -> None:
-    with pytest.raises(StorageError, match=remedy), storage(Path("/models/x"), _WORDS):
+    with pytest.raises(StorageError, match=remedy), storage(Path("/models/x"), _words(StageSource(path="x"))):
         raise OSError(number, os.strerror(number), "/models/x/file")
 
 
 def test_other_errors_of_the_file_system_are_not_blamed_on_the_user() -> None:
-    with pytest.raises(OSError, match="Input/output error") as caught, storage(Path("/models/x"), _WORDS):
+    with (
+        pytest.raises(OSError, match="Input/output error") as caught,
+        storage(Path("/models/x"), _words(StageSource(path="x"))),
+    ):
         raise OSError(errno.EIO, os.strerror(errno.EIO))
     assert not isinstance(caught.value, StorageError)
 
@@ -267,7 +242,7 @@ def test_many_containers_may_stage_one_folder_at_once(claim: Claim, hub: HubServ
     document = StageSource(path="huggingface/abc", repo=REPO)
     with ThreadPoolExecutor() as pool:
         staged = list(pool.map(lambda _: stage(document, claim.root), range(4)))
-    assert staged == [claim.manifest("huggingface/abc").model] * 4
+    assert staged == [claim.manifest("huggingface/abc").staged] * 4
     assert set(hub.downloads.values()) == {1}
 
 
@@ -435,3 +410,203 @@ def test_a_laptop_has_no_termination_log(claim: Claim, tiny: Path) -> None:
     with pytest.raises(FileNotFoundError, match="termination-log"):
         claim.stage("tiny")
     assert claim.code == 0
+
+
+# --- damage, room and what was resolved -------------------------------------------------------------------------------
+
+
+def flip(file: Path, *, keep_time: bool) -> None:
+    """Damage one byte."""
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    if keep_time:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size
+
+
+def grow(file: Path) -> None:
+    with file.open("ab") as stream:
+        stream.write(b"more")
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], dict[str, Any]]] = {
+    "another byte, and another time": (lambda file: flip(file, keep_time=False), {}),
+    "another byte alone, at the next full check": (lambda file: flip(file, keep_time=True), {"trusted_seconds": 0}),
+    "another size": (grow, {}),
+    "gone": (lambda file: file.unlink(), {}),
+}
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"], ids=["a large file", "a small file"])
+@pytest.mark.parametrize(("damage", "source"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_damaged_file_is_found_and_it_alone_is_fetched_again(
+    name: str, damage: Callable[[Path], object], source: dict[str, Any], claim: Claim, hub: HubServer
+) -> None:
+    first = claim.stage("huggingface/abc", repo=REPO)
+    hub.downloads.clear()
+    damage(claim.root / "huggingface/abc" / name)
+    assert claim.stage("huggingface/abc", repo=REPO, **source) == first, claim.output
+    assert hub.downloads == {name: 1}
+    assert (claim.root / "huggingface/abc" / name).read_bytes() == (hub.folder / name).read_bytes()
+
+
+def test_damage_that_only_digests_show_waits_for_the_next_full_check(claim: Claim, hub: HubServer) -> None:
+    """Nobody reads 140 GB for each job."""
+    claim.stage("huggingface/abc", repo=REPO)
+    flip(claim.root / "huggingface/abc/model.safetensors", keep_time=True)
+    hub.requests = 0
+    assert claim.stage("huggingface/abc", repo=REPO, trusted_seconds=3600).reason == "Done"
+    assert hub.requests == 0
+    complete = claim.root / "huggingface/abc" / COMPLETE_FILE
+    os.utime(complete, (time.time() - 3601,) * 2)
+    assert claim.stage("huggingface/abc", repo=REPO, trusted_seconds=3600).reason == "Done"
+    assert hub.downloads["model.safetensors"] == 2
+
+
+def test_a_full_check_that_finds_nothing_is_written_down(claim: Claim, tiny: Path) -> None:
+    folder = tiny.rename(claim.root / "tiny")
+    claim.stage("tiny")
+    os.utime(folder / COMPLETE_FILE, (0, 0))
+    assert claim.stage("tiny").reason == "Done"
+    assert time.time() - (folder / COMPLETE_FILE).stat().st_mtime < 60
+
+
+def test_damage_of_files_that_somebody_put_there_is_told(claim: Claim, tiny: Path) -> None:
+    folder = tiny.rename(claim.root / "tiny")
+    claim.stage("tiny")
+    flip(folder / "model.safetensors", keep_time=True)
+    message = claim.stage("tiny", trusted_seconds=0)
+    assert (claim.code, message.reason) == (ExitCode.INVALID_MODEL, "InvalidModel")
+    assert message.message.startswith(f"{folder}/model.safetensors is damaged: its content has changed since 20")
+    assert message.message.endswith("copy it again, or `touch` it if the change is meant")
+
+
+def test_a_file_that_arrives_damaged_is_not_taken(claim: Claim, hub: HubServer) -> None:
+    hub.spoil.add("config.json")
+    message = claim.stage("huggingface/abc", repo=REPO)
+    assert (claim.code, message.reason) == (ExitCode.SOURCE_UNAVAILABLE, "SourceUnavailable"), claim.output
+    assert message.message.startswith("config.json has arrived with another content than the source has told (git ")
+    assert not (claim.root / "huggingface/abc/config.json").exists()
+    assert claim.stage("huggingface/abc", repo=REPO).reason == "Done"
+
+
+def test_a_download_that_has_no_room_is_told_before_it_begins(
+    claim: Claim, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = os.statvfs(claim.root)
+    small = os.statvfs_result((free.f_bsize, 1, *free[2:4], 100_000, *free[5:]))
+    monkeypatch.setattr(os, "statvfs", lambda path: small)
+    message = claim.stage("huggingface/abc", repo=REPO)
+    needed = sum((hub.folder / name).stat().st_size for name in ("model.safetensors", "config.json", "LICENSE"))
+    needed += sum((hub.folder / name).stat().st_size for name in ("tokenizer.json", "tokenizer_config.json"))
+    assert (claim.code, message.reason) == (ExitCode.STORAGE_FULL, "StorageFull"), claim.output
+    assert message.message == (
+        f"{claim.root}/huggingface/abc: {needed:,} bytes (0.00 GB) are still to be downloaded, but only 100,000 "
+        "(0.00 GB) are free; enlarge the models claim, or delete models that are no longer used"
+    )
+    assert hub.sent == {}
+
+
+def test_a_revision_stays_what_it_was_when_its_files_first_came(claim: Claim, hub: HubServer) -> None:
+    first = claim.stage("huggingface/abc", repo=REPO)
+    assert first.staged is not None
+    assert first.staged.revision == claim.manifest("huggingface/abc").staged.revision == COMMIT
+    (claim.root / "huggingface/abc/config.json").unlink()
+    hub.moved = True
+    assert claim.stage("huggingface/abc", repo=REPO) == first
+    assert f"downloading {REPO} at {COMMIT} ({COMMIT})" in claim.output
+
+
+def test_a_killed_staging_goes_on_behind_the_bytes_that_it_has(
+    claim: Claim, hub: HubServer, llama_folder: Callable[..., Path]
+) -> None:
+    hub.folder = llama_folder(vocab_size=80_000)
+    size = (hub.folder / "model.safetensors").stat().st_size
+    hub.stall["model.safetensors"] = 25_000_000
+    container = claim.start("huggingface/abc", repo=REPO)
+    halves = claim.root / "huggingface/abc/.cache/kubetune"
+    while sum(file.stat().st_size for file in halves.glob("*")) < 20_000_000:
+        assert container.poll() is None
+        time.sleep(0.05)
+    container.kill()
+    container.communicate()
+    hub.go_on.set()
+    kept = sum(file.stat().st_size for file in halves.glob("*"))
+    sent = hub.sent["model.safetensors"]
+    assert claim.stage("huggingface/abc", repo=REPO).reason == "Done"
+    assert f"model.safetensors: going on behind {kept:,} of {size:,} bytes" in claim.output
+    assert hub.sent["model.safetensors"] - sent == size - kept
+    assert not halves.exists()
+
+
+# --- data from the hub ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chats(claim: Claim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+    """A dataset repository."""
+    folder = tmp_path / "chats"
+    rows = json.dumps({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]})
+    for name in ("data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl", "extra/more.jsonl", "README.md"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(f"{rows}\n")
+    with serve(folder) as server:
+        redirect(monkeypatch, server, claim.root.parent / "home")
+        yield server
+
+
+DATA = {
+    "the training split": ({}, {"data/train-00000-of-00001.jsonl"}),
+    "another split": ({"split": "test"}, {"data/test-00000-of-00001.jsonl"}),
+    "one file": ({"file": "extra/more.jsonl"}, {"extra/more.jsonl"}),
+    "a folder": ({"file": "data"}, {"data/train-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"}),
+    "a folder without what is ignored": (
+        {"file": "data", "ignore_patterns": ["*/test-*"]},
+        {"data/train-00000-of-00001.jsonl"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("source", "wanted"), DATA.values(), ids=DATA.keys())
+def test_data_are_downloaded_and_nothing_else(
+    source: dict[str, Any], wanted: set[str], claim: Claim, chats: HubServer
+) -> None:
+    message = claim.stage("huggingface/chats", content="Dataset", repo=REPO, **source)
+    folder = claim.root / "huggingface/chats"
+    size = sum((folder / name).stat().st_size for name in wanted)
+    assert message.reason == "Done", claim.output
+    assert message.staged_data is not None
+    assert message.staged_data.to_dict() == {
+        "path": "huggingface/chats",
+        "files": len(wanted),
+        "bytes": size,
+        "revision": COMMIT,
+    }
+    assert {str(file.relative_to(folder)) for file in folder.rglob("*.jsonl")} == wanted
+    assert claim.stage("huggingface/chats", content="Dataset", repo=REPO, **source) == message
+    assert set(chats.downloads.values()) == {1}
+
+
+NO_DATA = {
+    "no such file": ({"file": "trian.jsonl"}, "has no data files at trian.jsonl; its data files are: "),
+    "no such split": ({"split": "dev"}, "has no data files of the split 'dev'; its data files are: "),
+    "a file of another kind": ({"file": "README.md"}, "has no data files at README.md; its data files are: "),
+}
+
+
+@pytest.mark.parametrize(("source", "text"), NO_DATA.values(), ids=NO_DATA.keys())
+def test_a_repository_without_the_data_is_told_with_what_it_has(
+    source: dict[str, Any], text: str, claim: Claim, chats: HubServer
+) -> None:
+    message = claim.stage("huggingface/chats", content="Dataset", repo=REPO, **source)
+    assert (claim.code, message.reason) == (ExitCode.INVALID_DATA, "InvalidData"), claim.output
+    assert text in message.message
+    assert "data/train-00000-of-00001.jsonl" in message.message
+
+
+def test_closed_data_are_told_in_words_that_fit_every_dataset(claim: Claim, chats: HubServer) -> None:
+    hide(chats)
+    message = claim.stage("huggingface/chats", content="Dataset", repo=REPO)
+    assert message.message.endswith("name a secret with a token that may in huggingFace.tokenSecretRef of this dataset")

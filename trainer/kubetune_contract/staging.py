@@ -31,6 +31,8 @@ class StageSource(ContractModel):
     """Region of the bucket."""
     ignore_patterns: list[str] = Field(default=[])
     """Files that are not downloaded, as shell patterns."""
+    trusted_seconds: float = Field(default=604800, ge=0)
+    """Age of the last check of all digests after which every file is read again, though none seems to have changed."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

@@ -1,25 +1,27 @@
-"""Weights from the Hugging Face hub: what staging and `tune download` share, and that command itself.
+"""Models and data from the Hugging Face hub and from buckets: what staging and `tune download` share, and that command.
 
 Nothing here imports torch.
 """
 
 import argparse
-import errno
-import fcntl
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from kubetune_contract.architecture import ModelError
 from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_trainer.bucket import Bucket, BucketReader
 from kubetune_trainer.hub import check_model
-from kubetune_trainer.remote import Repository, SourceDeniedError, Words, hub_errors, literal
+from kubetune_trainer.remote import Repository, SourceDeniedError, Words, hub_errors
+from kubetune_trainer.rows import READERS, DataError
+from kubetune_trainer.sources import choose_split
+from kubetune_trainer.transfer import Digest, RemoteFile, clear, keep_inside, storage, transfer
 
 _USED: Final = ("*.json", "*.safetensors", "*.pth", "*tokenizer.model", "*.jinja", "LICENSE*", "USE_POLICY*")
 """Files of a repository that a run or its export uses, and the terms of their use."""
@@ -27,73 +29,138 @@ _USED: Final = ("*.json", "*.safetensors", "*.pth", "*tokenizer.model", "*.jinja
 _META: Final = ("consolidated*", "original/*")
 """Meta's own files. A repository with safetensors files has the same weights in them a second time."""
 
-_PARTIAL: Final = ".cache/kubetune"
-"""Folder of half files, in the model's folder; each is named by the digest of the whole."""
-
-_PARALLEL: Final = 8
-"""Large files on their way at once, as in huggingface_hub."""
-
 _TOKEN_OPTION: Final = "--hf-token"  # noqa: S105 - its name
 _TOKEN_VARIABLE: Final = "HF_TOKEN"  # noqa: S105 - its name
 _INTERRUPTED: Final = 130
 """What a shell reports for a command that Ctrl-C ended."""
 
 
-class StorageError(JobError):
-    """The folder of the model cannot be written."""
+def fetch(source: Repository, folder: Path, token: str | None, words: Words) -> str:
+    """Download the files of a model that a run uses; returns the commit. Raises JobError, or OSError of the files."""
+    return _fetch(source, folder, token, words, lambda names: choose_files(names, source.ignore_patterns))
 
-    exit_code = ExitCode.OUTPUT_NOT_WRITABLE
 
+def fetch_data(
+    source: Repository, folder: Path, token: str | None, words: Words, *, path: str | None, split: str | None
+) -> str:
+    """Download the data files at a path of a dataset repository, or those of a split; returns the commit.
 
-def fetch(source: Repository, folder: Path, token: str | None, words: Words) -> None:
-    """Download the files of `source` that a run uses into `folder`. Raises JobError, or OSError of the files.
-
-    What an earlier call brought is kept, a half file is completed. The revision is resolved first: snapshot_download()
-    alone answers with what lies in the folder, however little that is, if the hub cannot be reached or refuses. It also
-    begins a half file anew, so the large ones are brought before; it then compares their digests with the hub's.
+    Raises JobError, or OSError of the files.
     """
+
+    def choose(names: Sequence[str]) -> list[str]:
+        left = [name for name in names if not _matches(name, source.ignore_patterns)]
+        found = choose_split(left, split or "train") if path is None else files_at(path, left)
+        if not found:
+            sought = f"at {path}" if path is not None else f"of the split {split or 'train'!r}"
+            there = [name for name in names if Path(name).suffix in READERS]
+            shown = ", ".join(there[:20]) + (f" and {len(there) - 20} more" if len(there) > 20 else "")
+            raise DataError(f"{source} has no data files {sought}; its data files are: {shown or 'none'}")
+        return found
+
+    return _fetch(source, folder, token, words, choose, kind="dataset")
+
+
+def fetch_bucket(
+    source: Bucket,
+    folder: Path,
+    environment: Mapping[str, str],
+    words: Words,
+    choose: Callable[[Sequence[str]], list[str]],
+) -> None:
+    """Download those objects of a bucket that `choose` takes of their paths. Raises JobError, or OSError of the files.
+
+    `environment` holds the credentials.
+    """
+    reader = BucketReader(source, environment, words)
+    listed = reader.names()
+    wanted = choose(list(listed))
+    keep_inside(wanted)
+    print(f"downloading {source}: {len(wanted)} files", flush=True)
+    transfer(reader.files(wanted, listed), folder, words)
+
+
+def files_at(path: str | None, names: Sequence[str]) -> list[str]:
+    """The data files at a path, or all of them."""
+    data = sorted(name for name in names if Path(name).suffix in READERS and not Path(name).name.startswith("."))
+    return [name for name in data if path is None or name == path or name.startswith(f"{path}/")]
+
+
+def _fetch(
+    source: Repository,
+    folder: Path,
+    token: str | None,
+    words: Words,
+    choose: Callable[[Sequence[str]], list[str]],
+    *,
+    kind: str = "model",
+) -> str:
+    """The revision is resolved first: all files are of one commit."""
     from huggingface_hub import HfApi
 
     with hub_errors(source, words):
         hub = HfApi(token=token)
-        info = hub.model_info(source.name, revision=source.revision, files_metadata=True)
-        files = {file.rfilename: file for file in info.siblings or ()}
-        wanted = choose_files(list(files), source.ignore_patterns)
-        print(f"downloading {source.name} at {source.revision} ({info.sha}): {len(wanted)} files", flush=True)
+        look = hub.dataset_info if kind == "dataset" else hub.model_info
+        info = look(source.name, revision=source.revision, files_metadata=True)
+        listed = {file.rfilename: file for file in info.siblings or ()}
+        wanted = choose(list(listed))
+        commit = info.sha or source.revision
+        print(f"downloading {source.name} at {source.revision} ({commit}): {len(wanted)} files", flush=True)
         if not wanted:
             raise SourceDeniedError(f"{source} has no file of a model that is not ignored; check the ignored patterns")
-        large = [files[name] for name in wanted if files[name].lfs and not (folder / name).exists()]
-        with ThreadPoolExecutor(_PARALLEL) as pool:
-            list(pool.map(lambda file: _complete(source, info.sha, file, folder, token), large))
-        hub.snapshot_download(
-            source.name, revision=info.sha, local_dir=folder, allow_patterns=[literal(name) for name in wanted]
+        place = _Place(source, commit, kind, folder, token, words)
+        transfer([place.file(listed[name]) for name in wanted], folder, words)
+    return commit
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A repository at a commit, and the folder that its files are for."""
+
+    source: Repository
+    commit: str
+    kind: str
+    folder: Path
+    token: str | None
+    words: Words
+
+    def file(self, found: Any) -> RemoteFile:
+        """`found`: a RepoSibling."""
+        from huggingface_hub import constants
+
+        digest = Digest("sha256", found.lfs.sha256) if found.lfs else Digest("git", found.blob_id)
+        return RemoteFile(
+            path=found.rfilename,
+            size=found.size,
+            version=digest.value,
+            digest=digest,
+            bring=partial(self._bring, found),
+            # Over HTTP the hub serves no larger file: its client has another way.
+            place=partial(self._place, found) if found.size > constants.MAX_HTTP_DOWNLOAD_SIZE else None,
         )
 
+    def _bring(self, found: Any, stream: BinaryIO, start: int) -> None:
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.file_download import http_get
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there
 
-def _complete(source: Repository, commit: str | None, file: Any, folder: Path, token: str | None) -> None:
-    """Bring one large file, going on behind the bytes that an earlier call has left. `file`: a RepoSibling."""
-    from huggingface_hub import constants, hf_hub_url
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented there
+        url = hf_hub_url(self.source.name, found.rfilename, repo_type=self.kind, revision=self.commit)
+        headers = build_hf_headers(token=self.token)
+        with hub_errors(self.source, self.words):
+            http_get(url, stream, resume_size=start, headers=headers, expected_size=found.size)
 
-    if file.size > constants.MAX_HTTP_DOWNLOAD_SIZE:
-        return  # only snapshot_download() can
-    target, partial = folder / file.rfilename, folder / _PARTIAL / file.lfs.sha256
-    for path in (target, partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("ab") as stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)  # another command may fetch the same; the kernel frees a dead one's lock
-        if target.exists():
-            partial.unlink(missing_ok=True)
-            return
-        there = stream.tell()
-        if there > file.size:
-            there = stream.truncate(0)
-        url = hf_hub_url(source.name, file.rfilename, revision=commit)
-        headers = build_hf_headers(token=token)
-        http_get(url, stream, resume_size=there, headers=headers, expected_size=file.size)
-        stream.flush()
-        partial.replace(target)
+    def _place(self, found: Any) -> None:
+        from huggingface_hub import hf_hub_download
+
+        with hub_errors(self.source, self.words):
+            hf_hub_download(
+                self.source.name,
+                found.rfilename,
+                repo_type=self.kind,
+                revision=self.commit,
+                local_dir=self.folder,
+                token=self.token,
+            )
 
 
 def choose_files(names: Sequence[str], ignore_patterns: Sequence[str]) -> list[str]:
@@ -109,27 +176,12 @@ def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch(name, f"{pattern}*" if pattern.endswith("/") else pattern) for pattern in patterns)
 
 
-@contextmanager
-def storage(folder: Path, words: Words) -> Iterator[None]:
-    """Errors of the file system become StorageError with a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            remedy = words.full
-        elif error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
-            remedy = words.read_only
-        else:
-            raise
-        raise StorageError(f"{error.filename or folder} cannot be written: {error.strerror}; {remedy}") from error
-
-
 # --- tune download ----------------------------------------------------------------------------------------------------
 
 _WORDS: Final = Words(
     authorize=f"give {{which}} with {_TOKEN_OPTION} or in the environment as {_TOKEN_VARIABLE}",
     revision="--revision",
-    full="the disk is full: make room, or give another --output-dir; the same command then goes on where it stopped",
+    full="make room, or give another --output-dir; the same command then goes on where it stopped",
     read_only="make the folder writable, or give another --output-dir",
 )
 
@@ -174,6 +226,7 @@ def run(options: argparse.Namespace) -> int:
         with storage(folder, _WORDS):
             folder.mkdir(parents=True, exist_ok=True)
             fetch(source, folder, os.environ.get(_TOKEN_VARIABLE) or None, _WORDS)
+            clear(folder)
     except JobError as error:
         print(f"error: {error}", file=sys.stderr)
         return int(error.exit_code)

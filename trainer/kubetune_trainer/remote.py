@@ -1,4 +1,4 @@
-"""Repositories of the Hugging Face hub: their names, and what its errors mean."""
+"""Where files come from elsewhere: repositories of the Hugging Face hub, what its errors mean, and words for people."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,8 +27,12 @@ class Words:
     """How to give a token, as in `name a secret with ...`."""
     revision: str
     """Where the revision stands."""
+    place: str = ""
+    """Where the source stands."""
+    region: str = ""
+    """Where the bucket's region stands."""
     full: str = ""
-    """What is full, and what helps."""
+    """What helps where there is not enough room."""
     read_only: str = ""
     """What to make writable, and why."""
 

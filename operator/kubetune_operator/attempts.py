@@ -23,6 +23,7 @@ from kubetune_operator.diagnosis import (
 from kubetune_operator.names import GANG_ANNOTATION, job_name, output_path
 from kubetune_operator.status import (
     counted,
+    is_finished,
     is_true,
     rewound,
     seconds_of,
@@ -106,6 +107,8 @@ def _wait_or_create(turn: Decision, ca_pem: str, blocked: bool) -> None:
         turn.look_again(turn.settings.restart_backoff_seconds)
     if turn.observed.refused is not None:
         turn.refused("Started", turn.observed.refused)
+        if is_finished(turn.status):
+            return
     if due is not None and turn.now < due:
         turn.look_again_at(due)
     elif waits_for is not None:

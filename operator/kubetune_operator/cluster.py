@@ -129,9 +129,9 @@ class Cluster:
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
         try:
-            answer = await self.connection.request(
-                "POST", path_of(kind, namespace), {"fieldManager": FIELD_MANAGER}, manifest
-            )
+            # Strict: of the parts that the user wrote in Kubernetes' own words, unknown ones would be dropped.
+            query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
+            answer = await self.connection.request("POST", path_of(kind, namespace), query, manifest)
         except ApiError as error:
             if error.status != 409:
                 raise

@@ -247,7 +247,10 @@ class Decision:
         return reason, ended(told[0].upper() + told[1:])
 
     def refused(self, kind: ConditionType, found: Obstacle) -> None:
-        """Say why the API server refuses a child, and try again later."""
+        """Say why the API server refuses a child, and try again later; end the job if only another spec can help."""
+        if found.reason == "InvalidConfig":
+            self.fail(found.reason, found.told[0].upper() + found.told[1:])
+            return
         self.blocked(kind, found)
         self.look_again(self.settings.restart_backoff_seconds)
 

@@ -24,6 +24,7 @@ from kubetune_operator.diagnosis import (
     name_of,
     node_of,
 )
+from kubetune_operator.faults import fault
 
 POD_SECONDS: Final = 3.0
 """After which a Job without all its pods is asked for its Events."""
@@ -259,7 +260,10 @@ def not_created(job: Manifest, events: Events) -> Obstacle | None:
 
 
 def refusal(words: str) -> Obstacle:
-    """Why the API server refuses an object."""
+    """Why the API server refuses an object. Reason InvalidConfig: only another manifest can help."""
+    wrong = fault(words)
+    if wrong is not None:
+        return Obstacle("InvalidConfig", f"the API server refuses the Job: {wrong}")
     words = _REFUSED_OBJECT.sub("", words)
     if "exceeded quota" in words:
         remedy = "It goes on as soon as there is room: free some of the quota, have it raised, or ask for less."

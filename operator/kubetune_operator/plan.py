@@ -11,6 +11,7 @@ from kubetune_operator.api import FineTuneJob
 from kubetune_operator.build import run_config
 from kubetune_operator.decision import Decision, Observed, Plan
 from kubetune_operator.errors import InvalidJob
+from kubetune_operator.permissions import refusals
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import is_finished
 
@@ -39,6 +40,10 @@ def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime
         turn.fail(
             "InvalidConfig", f"{deadlines.NO_REPORTS}: remove it, or ask who installed the operator to switch it on"
         )
+        return turn.plan()
+    refused = [] if job.status.attempt_start_time else list(refusals(job, settings))  # what runs is not asked again
+    if refused:
+        turn.fail("InvalidConfig", in_one_sentence(refused))
         return turn.plan()
     deadlines.keep_time(turn)
     if job.status.staged is None:

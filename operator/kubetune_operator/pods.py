@@ -32,39 +32,40 @@ def worker_pod(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
         "terminationGracePeriodSeconds": TERMINATION_GRACE_SECONDS,
         "containers": [_trainer(job, attempt, settings)],
         "volumes": [
+            *(volume.to_dict() for volume in job.spec.workers.volumes),
             *common_volumes(job),
             {"name": names.OUTPUT_VOLUME, "persistentVolumeClaim": output},
             {"name": "config", "configMap": {"name": names.config_map_name(job.name)}},
             {"name": "token", "projected": {"sources": [_progress_token()]}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            *(volume.to_dict() for volume in job.spec.workers.volumes),
         ],
     }
 
 
 def _trainer(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
+    """What the user adds goes first in each list: an index in the API server's words is then the manifest's."""
     workers = job.spec.workers
     return {
         **container_defaults(settings, capabilities=PINNING if workers.rdma else ()),
         "args": ["launch", "--config", f"{paths.CONFIG_MOUNT}/{paths.RUN_CONFIG_FILE}"],
         "env": [
+            *(variable.to_dict() for variable in workers.env),
             *scratch_variables(),
             {"name": paths.CACHE_ENV, "value": f"{paths.OUTPUT_MOUNT}/{paths.CACHE_DIR}"},
             *_rendezvous(job, attempt),
             *_threads(job),
             *_progress_url(job, attempt, settings),
-            *(variable.to_dict() for variable in workers.env),
         ],
         "ports": [{"name": "rendezvous", "containerPort": names.RENDEZVOUS_PORT, "protocol": "TCP"}],
         "resources": _worker_resources(job),
         "volumeMounts": [
+            *(mount.to_dict() for mount in workers.volume_mounts),
             {"name": names.MODELS_VOLUME, "mountPath": paths.MODELS_MOUNT, "readOnly": True},
             {"name": names.OUTPUT_VOLUME, "mountPath": paths.OUTPUT_MOUNT},
             {"name": "config", "mountPath": paths.CONFIG_MOUNT, "readOnly": True},
             {"name": "token", "mountPath": paths.TOKEN_MOUNT, "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - the container's own
             {"name": "scratch", "mountPath": "/tmp"},  # noqa: S108
-            *(mount.to_dict() for mount in workers.volume_mounts),
         ],
     }
 

@@ -189,8 +189,9 @@ class Reconciler:
 
 
 def is_refusal(error: ApiError) -> bool:
-    """Whether somebody must change something before the same request can succeed: quota, admission, rights."""
-    return error.status in (400, 403, 422) or "failed calling webhook" in error.message
+    """Whether somebody must change something before the same request can succeed: spec, quota, admission, rights."""
+    known = ("failed calling webhook", "failed to create typed patch object")  # which come as errors of the server
+    return error.status in (400, 403, 422) or any(words in error.message for words in known)
 
 
 def sooner(one: float | None, other: float | None) -> float | None:

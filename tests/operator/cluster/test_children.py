@@ -47,7 +47,7 @@ def test_staging_pods_are_grouped_by_their_job(job, stage_job, pod):
 async def test_a_child_is_created_under_our_field_manager(cluster, server, job, settings):
     await cluster.create(build.worker_job(job(), 1, settings))
     assert server.requests == [("POST", JOBS)]
-    assert server.queries == [{"fieldManager": "kubetune"}]
+    assert server.queries == [{"fieldManager": "kubetune", "fieldValidation": "Strict"}]
     assert cluster.jobs.get("team", "bot-a1")["metadata"]["uid"] == "uid-11", "it is known before its event comes"
 
 

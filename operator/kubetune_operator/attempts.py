@@ -21,6 +21,7 @@ from kubetune_operator.diagnosis import (
     last_word,
 )
 from kubetune_operator.names import GANG_ANNOTATION, job_name, output_path
+from kubetune_operator.queueing import is_held, is_queued, leave, wait
 from kubetune_operator.status import (
     counted,
     is_finished,
@@ -51,6 +52,10 @@ def train(turn: Decision, ca_pem: str) -> None:
             end(turn, Ending(Cause.CRASH, "JobDeleted", f"Job {name} was deleted by somebody else"))
         else:
             _wait_or_create(turn, ca_pem, blocked=child is not None)
+        return
+    over = condition(child, "Complete") is not None or ending_condition(child) is not None
+    if turn.job.spec.suspend and is_queued(child) and not over:
+        leave(turn)
         return
     _note_start(turn)
     if condition(child, "Complete") is not None:
@@ -167,6 +172,9 @@ def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
     turn.suspend(child, suspended=False)
     turn.withdraw("Suspended", "Resumed", RESUMED)
     turn.apply(config_map(job, run_config(job), ca_pem), service(job))
+    if is_held(child):
+        wait(turn, child)
+        return
     _take_report(turn)
     pods, nodes = turn.workers_of(turn.attempt), job.spec.workers.nodes
     up = sum(is_ready(pod) or pod.get("status", {}).get("phase") == "Succeeded" for pod in pods)

@@ -161,7 +161,7 @@ def stage_job(job: FineTuneJob, settings: Settings) -> Manifest:
         "metadata": {
             "name": names.stage_name(job.spec),
             "namespace": job.namespace,
-            "labels": labels,
+            "labels": {**labels, **({names.QUEUE_LABEL: settings.stage_queue} if settings.stage_queue else {})},
             # No controller: an object has one at most, and this one has many owners.
             "ownerReferences": [owner(job, controller=False)],
         },

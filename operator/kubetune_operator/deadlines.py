@@ -9,7 +9,7 @@ from typing import Final
 
 from kubetune_operator.decision import Decision
 from kubetune_operator.diagnosis import Cause, Ending, Manifest, condition, ended, ending_condition, is_deleting
-from kubetune_operator.names import QUEUE_LABEL
+from kubetune_operator.queueing import is_held
 from kubetune_operator.status import active_seconds, clock_stopped, counted, find, is_finished, seconds_of
 from kubetune_operator.verdicts import end
 
@@ -21,17 +21,12 @@ NO_REPORTS: Final = (
 
 def keep_time(turn: Decision) -> None:
     """Start or stop the clock of activeDeadlineSeconds."""
-    counts = not turn.job.spec.suspend and not is_queued(turn)
+    child = _child(turn)
+    counts = not turn.job.spec.suspend and not (child is not None and is_held(child))
     if counts and turn.status.active_since is None:
         turn.set(active_since=seconds_of(turn.now))
     elif not counts and turn.status.active_since is not None:
         turn.status = clock_stopped(turn.status, turn.now)
-
-
-def is_queued(turn: Decision) -> bool:
-    """Whether a queue holds the present attempt's Job back."""
-    child = _child(turn)
-    return child is not None and QUEUE_LABEL in child["metadata"]["labels"] and bool(child["spec"].get("suspend"))
 
 
 def enforce(turn: Decision) -> None:

@@ -23,7 +23,7 @@ from kubetune_operator.diagnosis import (
     node_lost,
     was_preempted,
 )
-from kubetune_operator.names import ATTEMPT_LABEL
+from kubetune_operator.names import ATTEMPT_LABEL, QUEUE_LABEL
 from kubetune_operator.obstacles import Obstacle, inquiries, not_created, obstacle
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import clipped, clock_stopped, find, is_true, seconds_of, state_of, with_condition
@@ -280,7 +280,11 @@ class Decision:
         self._suspend.clear()
 
     def suspend(self, child: Manifest, suspended: bool) -> None:
-        """Suspend or resume a child Job that is not so already."""
+        """Suspend or resume a child Job that is not so already. One in a queue is Kueue's: it only can be deleted."""
+        if QUEUE_LABEL in child["metadata"].get("labels", {}):
+            if suspended:
+                self.delete(child)
+            return
         if bool(child["spec"].get("suspend")) != suspended:
             self._suspend.append(Suspension(child["metadata"]["name"], child["metadata"]["uid"], suspended))
 

@@ -46,6 +46,9 @@ class Settings(ContractModel):
     """Whether FineTuneJobs may ask for their nodes' own network; their namespace must allow such pods too."""
     allow_rdma: bool = False
     """Whether FineTuneJobs may ask to pin memory for RDMA; their namespace must allow such pods too."""
+    stage_queue: str | None = Field(default=None, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=63)
+    """LocalQueue in every FineTuneJob's namespace in which staging waits for quota; for clusters where Kueue manages
+    Jobs that name no queue."""
     hub_endpoint: str | None = Field(default=None, pattern=r"^https?://")
     """Base URL of the model hub that staging downloads from, in place of the Hugging Face Hub."""
     namespace: str = Field(min_length=1)

@@ -14,6 +14,7 @@ from kubetune_operator.diagnosis import (
     is_ready,
     last_word,
 )
+from kubetune_operator.queueing import is_held, told
 from kubetune_operator.status import STAGING, readable_bytes
 
 
@@ -112,6 +113,9 @@ def _follow(turn: Decision, child: Manifest) -> None:
     turn.suspend(child, suspended=False)
     if not owns(turn.job, child):
         turn.apply(stage_adoption(turn.job))
+    if is_held(child):
+        turn.condition("Staged", False, "WaitingForQuota", f"{_what(turn.job)}: {told(turn, child)}", event="Normal")
+        return
     problem = turn.obstacle(child, 1, turn.observed.stage_pods)
     if not any(is_ready(pod) for pod in turn.observed.stage_pods):
         turn.waiting_for = "Staged"

@@ -68,7 +68,7 @@ def _restart(turn: Decision, why: Ending, disrupted: bool) -> None:
     before, limit = turn.status, turn.job.spec.failure_policy.max_restarts
     due = turn.in_seconds(_backoff(turn, 0 if disrupted else before.restarts))
     turn.set(restarts=before.restarts + (not disrupted), disruptions=before.disruptions + disrupted)
-    origin = _next_attempt(turn)
+    origin = next_attempt(turn)
     turn.set(next_attempt_time=due)
     count = "an eviction is not counted" if disrupted else f"restart {before.restarts + 1} of {limit}"
     words = why.told(f"Attempt {turn.status.attempt} starts {origin} at {clock(due)} ({count}).")
@@ -79,13 +79,13 @@ def _restart(turn: Decision, why: Ending, disrupted: bool) -> None:
 
 def replace(turn: Decision, change: str) -> None:
     """Let the next attempt take over from one whose Job no longer fits the spec. Nobody failed: nothing is counted."""
-    origin = _next_attempt(turn)
+    origin = next_attempt(turn)
     words = f"{change}: attempt {turn.attempt} goes on {origin}."
     turn.withdraw("Running", "WorkersChanged", words)
     turn.condition("Started", False, "WorkersChanged", words, event="Normal")
 
 
-def _next_attempt(turn: Decision) -> str:
+def next_attempt(turn: Decision) -> str:
     """Write down that the next attempt is to come; where it starts, in words."""
     turn.set(
         attempt=turn.attempt + 1,

@@ -62,6 +62,7 @@ class World:
         self.report: ProgressReport | None = None
         self.conflict: str | None = None
         self.reports_since: datetime | None = None
+        self.events: Object = {}
 
     # ---------------------------------------------------------------- the FineTuneJob
 
@@ -204,6 +205,7 @@ class World:
             progress=self.report,
             reports_since=self.reports_since,
             conflict=self.conflict,
+            events=self.events,
         )
 
     def plan(self) -> Plan:

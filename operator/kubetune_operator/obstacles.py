@@ -222,12 +222,12 @@ def _counts(job: Manifest) -> tuple[str, ...]:
 
 def _is_late(pod: Manifest) -> bool:
     """Whether the pod's status has nothing to say and yet it does not run."""
-    scheduled = condition(pod, "PodScheduled")
-    if scheduled is None:
+    if any("waiting" not in one.get("state", {}) for one in pod.get("status", {}).get("containerStatuses") or []):
+        return False
+    if condition(pod, "PodScheduled") is None:
         item = next((one for one in _conditions(pod) if one["type"] == "PodScheduled"), None)
         return item is None or _UNBOUND in item.get("message", "")
-    running = any("waiting" not in one.get("state", {}) for one in pod.get("status", {}).get("containerStatuses") or [])
-    return not running and all(reason in _AT_WORK for _, reason, _ in _waiting(pod))
+    return all(reason in _AT_WORK for _, reason, _ in _waiting(pod))
 
 
 def _since(pod: Manifest) -> str | None:

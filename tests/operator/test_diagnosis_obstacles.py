@@ -1,14 +1,20 @@
 """What keeps pods from starting.
 
-The objects in CASES are what Kubernetes v1.35 wrote when each case was made on a real node: see `case`.
+Cases called `real` have the essential fields of what Kubernetes v1.35 wrote when the case was made on a node. The
+others cannot be made on one small node; their words are those of the documentation or source that the case names.
 """
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import Any, NamedTuple
 
 import pytest
 
-from kubetune_operator.obstacles import obstacle
+from kubetune_operator.diagnosis import about
+from kubetune_operator.obstacles import inquiries, not_created, obstacle, refusal
 
+Object = dict[str, Any]
+
+EARLIER = "2030-01-01T11:50:00Z"
 NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 
 
@@ -71,3 +77,471 @@ def test_an_image_without_words_is_told_by_the_kubelets_reason(worker, waiting):
     pod = worker(0, "Pending", state=waiting("InvalidImageName"))
     pod["status"]["containerStatuses"][0]["image"] = "UPPER"
     assert obstacle([pod]).message == "worker 0 cannot pull image UPPER: InvalidImageName"
+
+
+# ---------------------------------------------------------------- each obstacle, as a real cluster told it
+
+
+class Case(NamedTuple):
+    """One pod that does not start."""
+
+    name: str
+    status: Object
+    events: tuple[Object, ...]
+    """Of the pod, or of its claim `models` where the pod is not scheduled."""
+    reason: str
+    says: str
+
+
+def unscheduled(words: str, reason: str = "Unschedulable") -> Object:
+    """The status of a pod that has no node."""
+    item = {
+        "type": "PodScheduled",
+        "status": "False",
+        "reason": reason,
+        "message": words,
+        "lastTransitionTime": EARLIER,
+    }
+    return {"phase": "Pending", "conditions": [item]}
+
+
+def on_a_node(reason: str | None = None, words: str | None = None) -> Object:
+    """The status of a pod that has a node, with the kubelet's word about its container; None: not even that."""
+    item = {"type": "PodScheduled", "status": "True", "lastTransitionTime": EARLIER}
+    waiting = {"reason": reason, **({"message": words} if words else {})}
+    container = {"name": "main", "image": "registry.example/trainer:1", "state": {"waiting": waiting}}
+    return {"phase": "Pending", "conditions": [item], **({"containerStatuses": [container]} if reason else {})}
+
+
+def event(reason: str, message: str, kind: str = "Warning", at: str = "11:59:50") -> Object:
+    return {"type": kind, "reason": reason, "message": message, "lastTimestamp": f"2030-01-01T{at}Z"}
+
+
+NO_HELP = (
+    "no new claims to deallocate, preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling."
+)
+UNBOUND = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"
+CASES = [
+    Case(
+        "real: too few CPUs",
+        unscheduled(f"0/1 nodes are available: 1 Insufficient cpu. {NO_HELP}"),
+        (),
+        "Unschedulable",
+        f"worker 0 cannot be scheduled: 0/1 nodes are available: 1 Insufficient cpu. {NO_HELP} Wait for room, add "
+        "nodes, or lower workers.resources.",
+    ),
+    Case(
+        "real: no GPUs",
+        unscheduled(f"0/1 nodes are available: 1 Insufficient nvidia.com/gpu. {NO_HELP}"),
+        (),
+        "Unschedulable",
+        "Wait for GPUs to become free, add nodes with GPUs, or lower workers.gpusPerNode.",
+    ),
+    Case(
+        "real: no node with such a label",
+        unscheduled(f"0/1 nodes are available: 1 node(s) didn't match Pod's node affinity/selector. {NO_HELP}"),
+        (),
+        "Unschedulable",
+        "No node has the labels that workers.nodeSelector and workers.affinity ask for.",
+    ),
+    Case(
+        "real: the volume is on another node",
+        unscheduled(f"0/1 nodes are available: 1 node(s) didn't match PersistentVolume's node affinity. {NO_HELP}"),
+        (),
+        "Unschedulable",
+        "No free node can reach the volume: use one that the nodes can mount.",
+    ),
+    Case(
+        "a taint, and cordoned nodes (scheduler's plugins; docs: Taints and Tolerations)",
+        unscheduled(
+            "0/3 nodes are available: 1 node(s) were unschedulable, 2 node(s) had untolerated taint {nvidia.com/gpu: }."
+        ),
+        (),
+        "Unschedulable",
+        "Tolerate the taint under workers.tolerations, or use other nodes. Nodes are cordoned: kubectl uncordon NODE",
+    ),
+    Case(
+        "real: a gate of a queue",
+        unscheduled("Scheduling is blocked due to non-empty scheduling gates", "SchedulingGated"),
+        (),
+        "SchedulingGated",
+        "Whoever set the gate, such as a queue, must lift it.",
+    ),
+    Case(
+        "real: a claim that does not exist",
+        unscheduled('0/1 nodes are available: persistentvolumeclaim "models" not found. not found'),
+        (),
+        "VolumeMissing",
+        'worker 0 cannot be scheduled: 0/1 nodes are available: persistentvolumeclaim "models" not found.',
+    ),
+    Case(
+        "real: a claim that is not bound, before anybody has asked why",
+        unscheduled(UNBOUND),
+        (),
+        "VolumeNotBound",
+        UNBOUND,
+    ),
+    Case(
+        "real: a claim of a StorageClass that does not exist",
+        unscheduled(UNBOUND),
+        (event("ProvisioningFailed", 'storageclass.storage.k8s.io "fast-ssd" not found'),),
+        "VolumeNotBound",
+        'worker 0 waits: PersistentVolumeClaim "models" is not bound: storageclass.storage.k8s.io "fast-ssd" not '
+        "found. Name a StorageClass that exists and can provide it, or create a PersistentVolume for it.",
+    ),
+    Case(
+        "real: a claim without a class and without a volume",
+        unscheduled(UNBOUND),
+        (
+            event(
+                "FailedBinding", "no persistent volumes available for this claim and no storage class is set", "Normal"
+            ),
+        ),
+        "VolumeNotBound",
+        '"models" is not bound: no persistent volumes available for this claim and no storage class is set. Name a',
+    ),
+    Case(
+        "a provisioner that does not answer (docs: Storage Classes)",
+        unscheduled(UNBOUND),
+        (event("ExternalProvisioning", "Waiting for a volume to be created by the external provisioner", "Normal"),),
+        "VolumeNotBound",
+        "If this lasts, the provisioner of its StorageClass does not work.",
+    ),
+    Case(
+        "real: a Secret that does not exist",
+        on_a_node("CreateContainerConfigError", 'secret "hub" not found'),
+        (),
+        "SecretMissing",
+        'worker 0 cannot start its container: secret "hub" not found. Create Secret "hub" in this namespace',
+    ),
+    Case(
+        "real: a Secret without the key",
+        on_a_node("CreateContainerConfigError", "couldn't find key token in Secret team/hub"),
+        (),
+        "SecretMissing",
+        'Add the key "token" to Secret "hub", or name another key. The pod then starts by itself.',
+    ),
+    Case(
+        "real: a ConfigMap that does not exist",
+        on_a_node("CreateContainerConfigError", 'configmap "settings" not found'),
+        (),
+        "ConfigMapMissing",
+        'Create ConfigMap "settings" in this namespace',
+    ),
+    Case(
+        "real: a ConfigMap without the key",
+        on_a_node("CreateContainerConfigError", "couldn't find key level in ConfigMap team/settings"),
+        (),
+        "ConfigMapMissing",
+        'Add the key "level" to ConfigMap "settings"',
+    ),
+    Case(
+        "real: an image that runs as root",
+        on_a_node(
+            "CreateContainerConfigError", "container's runAsUser breaks non-root policy (pod: x, container: main)"
+        ),
+        (),
+        "CreateContainerConfigError",
+        "breaks non-root policy (pod: x, container: main). The kubelet tries again by itself once that is corrected.",
+    ),
+    Case(
+        "real: an image that does not exist",
+        on_a_node("ErrImagePull", "failed to resolve reference: registry.example/trainer:1: not found"),
+        (),
+        "ImagePull",
+        "cannot pull image registry.example/trainer:1: failed to resolve reference: registry.example/trainer:1: not "
+        "found. Check that the image exists and that the node can reach its registry.",
+    ),
+    Case(
+        "an image behind a login (containerd)",
+        on_a_node("ErrImagePull", "pull access denied, repository does not exist or may require authorization"),
+        (),
+        "ImagePull",
+        "The registry wants a login",
+    ),
+    Case(
+        "real: an image name with a capital letter",
+        on_a_node("InvalidImageName", 'couldn\'t parse image name "Bad_Name": invalid reference format'),
+        (),
+        "ImagePull",
+        "invalid reference format",
+    ),
+    Case(
+        "real: a volume whose Secret does not exist",
+        on_a_node("ContainerCreating"),
+        (event("FailedMount", 'MountVolume.SetUp failed for volume "v" : secret "cert" not found'),),
+        "SecretMissing",
+        'worker 0 cannot mount its volumes on node "gpu-3": MountVolume.SetUp failed for volume "v" : secret "cert" '
+        'not found. Create Secret "cert" in this namespace, or name one that exists. The pod then starts by itself.',
+    ),
+    Case(
+        "real: a volume whose ConfigMap does not exist",
+        on_a_node("ContainerCreating"),
+        (event("FailedMount", 'MountVolume.SetUp failed for volume "v" : configmap "bot-kubetune" not found'),),
+        "ConfigMapMissing",
+        'Create ConfigMap "bot-kubetune"',
+    ),
+    Case(
+        "real: a volume with a key that its ConfigMap lacks",
+        on_a_node("ContainerCreating"),
+        (
+            event(
+                "FailedMount",
+                'MountVolume.SetUp failed for volume "v" : configmap references non-existent config key: run',
+            ),
+        ),
+        "ConfigMapMissing",
+        'Add the key "run" to it, or name another key.',
+    ),
+    Case(
+        "real: a file server that the node cannot mount",
+        on_a_node("ContainerCreating"),
+        (
+            event("Scheduled", "Successfully assigned", "Normal", "11:59:59"),
+            event(
+                "FailedMount",
+                'MountVolume.SetUp failed for volume "nfs" : mount failed: exit status 32\nMounting command: mount\n'
+                "Output: unknown filesystem type 'nfs'.\n",
+            ),
+        ),
+        "MountFailed",
+        "mount failed: exit status 32 Mounting command: mount Output: unknown filesystem type 'nfs'. Check that the "
+        "volume is there and that this node can reach it.",
+    ),
+    Case(
+        "real: a folder of the node that is not there",
+        on_a_node("ContainerCreating"),
+        (
+            event(
+                "FailedMount",
+                'MountVolume.SetUp failed for volume "p" : hostPath type check failed: /x is not a directory',
+            ),
+        ),
+        "MountFailed",
+        "hostPath type check failed: /x is not a directory",
+    ),
+    Case(
+        "a volume that another node holds (attach/detach controller; docs: Persistent Volumes, Access Modes)",
+        on_a_node("ContainerCreating"),
+        (
+            event(
+                "FailedAttachVolume",
+                'Multi-Attach error for volume "pvc-1" Volume is already exclusively attached to one node and '
+                "can't be attached to another",
+            ),
+        ),
+        "MountFailed",
+        "Another pod holds the volume: end it, or use a claim that several nodes can mount (ReadWriteMany).",
+    ),
+    Case(
+        "a network that gives no addresses (kubelet)",
+        on_a_node("ContainerCreating"),
+        (
+            event(
+                "FailedCreatePodSandBox",
+                'Failed to create pod sandbox: plugin type="calico" failed (add): no addresses',
+            ),
+        ),
+        "SandboxFailed",
+        'The network or the runtime of node "gpu-3" does not work',
+    ),
+    Case(
+        "another warning of the kubelet",
+        on_a_node("ContainerCreating"),
+        (event("NetworkNotReady", "network is not ready: cni plugin not initialized"),),
+        "PodNotStarted",
+        'worker 0 does not start on node "gpu-3" (NetworkNotReady): network is not ready',
+    ),
+    Case(
+        "real: an image that takes its time",
+        on_a_node("ContainerCreating"),
+        (
+            event("FailedMount", "timed out", at="11:58:00"),
+            event("Pulling", 'Pulling image "registry.example/trainer:1"', "Normal", "11:59:00"),
+        ),
+        "Starting",
+        'worker 0 pulls image registry.example/trainer:1 on node "gpu-3"',
+    ),
+    Case(
+        "real: a driver that is not installed says nothing for two minutes",
+        on_a_node("ContainerCreating"),
+        (event("Scheduled", "Successfully assigned", "Normal"),),
+        "Starting",
+        'worker 0 is being set up on node "gpu-3": its volumes and its network',
+    ),
+    Case(
+        "real: a node without a kubelet",
+        on_a_node(),
+        (),
+        "NodeSilent",
+        'worker 0 was given to node "gpu-3", which does not start it. Its kubelet may be down',
+    ),
+]
+
+
+@pytest.fixture
+def stuck(worker):
+    """stuck(status): worker 0 on node gpu-3, if it has a node, with exactly that status."""
+
+    def make(status: Object) -> Object:
+        made = worker(0, "Pending", creationTimestamp=EARLIER)
+        made["spec"] = {**made["spec"], "nodeName": "gpu-3"}
+        return {**made, "status": status}
+
+    return make
+
+
+@pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
+def test_what_keeps_a_pod_from_starting(attempt_job, job, stuck, case):
+    """What the plan asks for is what the answer is found in."""
+    pod, child = stuck(case.status), attempt_job(job(), 1, startTime=EARLIER)
+    asked, _ = inquiries(child, 1, [pod], NOON)
+    assert bool(asked) >= bool(case.events)
+    found = obstacle([pod], dict.fromkeys(asked[:1], case.events), NOON)
+    assert found.reason == case.reason
+    assert case.says in found.told
+    assert found.warning is (case.reason != "Starting")
+
+
+def test_a_real_obstacle_goes_before_what_only_takes_its_time(worker, stuck):
+    slow, blocked = stuck(on_a_node("ContainerCreating")), worker(1, "Pending")
+    blocked["status"] = unscheduled("no room")
+    pulls = {about(slow): [event("Pulling", 'Pulling image "a"', "Normal")]}
+    assert obstacle([slow, blocked], pulls, NOON).reason == "Unschedulable"
+    assert obstacle([slow], pulls, NOON).reason == "Starting"
+
+
+def test_a_mount_that_succeeded_after_all_is_no_obstacle(stuck):
+    pod = stuck(on_a_node("ContainerCreating"))
+    failed, fine = event("FailedAttachVolume", "timed out"), event("SuccessfulAttachVolume", "", "Normal", "11:59:55")
+    assert obstacle([pod], {about(pod): [fine, failed]}, NOON) is None
+
+
+# ---------------------------------------------------------------- when Events are asked for
+
+
+def test_a_gang_that_comes_up_costs_no_request(attempt_job, job, worker):
+    child = attempt_job(job(), 1, startTime=EARLIER)
+    pods = [worker(0, ready=True), worker(1, ready=True)]
+    assert inquiries(child, 2, pods, NOON) == ([], None)
+
+
+WAITS = [
+    ("pods that are not created yet", lambda job, pod: (job, []), [], 1.0, 2),
+    ("pods that are late", lambda job, pod: (job, []), ["Job"], None, 3),
+    ("a pod that is being set up", lambda job, pod: (job, [pod(on_a_node("ContainerCreating"))]), [], 1.0, 9),
+    ("a pod that is set up for long", lambda job, pod: (job, [pod(on_a_node("ContainerCreating"))]), ["Pod"], None, 10),
+    (
+        "a pod whose claim is not bound",
+        lambda job, pod: (job, [pod(unscheduled(UNBOUND))]),
+        ["PersistentVolumeClaim"] * 2,
+        None,
+        3,
+    ),
+    (
+        "a pod at which no scheduler has looked",
+        lambda job, pod: (job, [pod({"phase": "Pending"})]),
+        ["PersistentVolumeClaim"] * 2,
+        None,
+        3,
+    ),
+    ("a pod whose status tells all", lambda job, pod: (job, [pod(on_a_node("ErrImagePull", "x"))]), [], None, 99),
+    ("a pod without room", lambda job, pod: (job, [pod(unscheduled("Insufficient cpu"))]), [], None, 99),
+    ("a suspended Job", lambda job, pod: ({**job, "spec": {**job["spec"], "suspend": True}}, []), [], None, 99),
+]
+
+
+@pytest.mark.parametrize(("arrange", "kinds", "wait", "after"), [w[1:] for w in WAITS], ids=[w[0] for w in WAITS])
+def test_events_are_asked_for_when_a_pod_is_late(attempt_job, job, stuck, arrange, kinds, wait, after):
+    child, pods = arrange(attempt_job(job(), 1, startTime=EARLIER), stuck)
+    now = datetime.fromisoformat(EARLIER) + timedelta(seconds=after)
+    asked, again = inquiries(child, 1, pods, now)
+    assert ([item.kind for item in asked], again) == (kinds, wait)
+
+
+def test_only_some_pods_of_a_large_gang_are_asked_for(attempt_job, job, worker):
+    pods = [{**worker(index, "Pending"), "status": on_a_node("ContainerCreating")} for index in range(9)]
+    asked, _ = inquiries(attempt_job(job(), 1, startTime=EARLIER), 9, pods, NOON)
+    assert len(asked) == 4
+
+
+# ---------------------------------------------------------------- pods and children that are refused
+
+REFUSED = [
+    (
+        "real: a quota that is used up",
+        'pods "bot-a1-1-67v6j" is forbidden: exceeded quota: team-gpus, requested: requests.cpu=10m, used: '
+        "requests.cpu=10m, limited: requests.cpu=10m",
+        "QuotaExceeded",
+        "pods cannot be created: exceeded quota: team-gpus, requested: requests.cpu=10m, used: requests.cpu=10m, "
+        "limited: requests.cpu=10m. It goes on as soon as there is room: free some of the quota, have it raised, or "
+        "ask for less.",
+    ),
+    (
+        "real: a quota that wants limits",
+        'pods "bot-a1-0-bxqg6" is forbidden: failed quota: team: must specify limits.memory for: main',
+        "QuotaExceeded",
+        "must specify limits.memory for: main. The quota counts only pods that say what they need",
+    ),
+    (
+        "real: Pod Security",
+        'pods "bot-a1-0-2nhjr" is forbidden: violates PodSecurity "restricted:latest": privileged',
+        "AdmissionDenied",
+        'pods cannot be created: violates PodSecurity "restricted:latest": privileged. Have the',
+    ),
+    (
+        "real: a LimitRange",
+        'pods "bot-a1-0-jwcfx" is forbidden: maximum memory usage per Container is 64Mi, but limit is 128Mi',
+        "AdmissionDenied",
+        "A LimitRange of the namespace bounds it",
+    ),
+    (
+        "real: no such ServiceAccount",
+        'pods "bot-a1-0-" is forbidden: error looking up service account team/no: serviceaccount "no" not found',
+        "AdmissionDenied",
+        "Create the ServiceAccount, or name one that exists.",
+    ),
+    (
+        "real: no such PriorityClass",
+        'pods "bot-a1-0-" is forbidden: no PriorityClass with name nothing was found',
+        "AdmissionDenied",
+        "Create the PriorityClass",
+    ),
+    (
+        "a webhook that says no (docs: Dynamic Admission Control)",
+        'admission webhook "policy.example.com" denied the request: no label team',
+        "AdmissionDenied",
+        'pods cannot be created: admission webhook "policy.example.com" denied the request: no label team. Ask whoever',
+    ),
+    (
+        "a webhook that does not answer (docs: Dynamic Admission Control)",
+        'Internal error occurred: failed calling webhook "policy.example.com": connect: connection refused',
+        "AdmissionDenied",
+        "The webhook does not answer: whoever runs it must repair it.",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "reason", "says"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
+def test_why_the_job_controller_cannot_create_pods(attempt_job, job, words, reason, says):
+    child = attempt_job(job(), 1, startTime=EARLIER)
+    asked, _ = inquiries(child, 1, [], NOON)
+    older = event("FailedCreate", "something else", at="11:00:00")
+    found = not_created(child, {asked[0]: [event("FailedCreate", f"Error creating: {words}"), older]})
+    assert found.reason == reason
+    assert says in found.told
+
+
+def test_a_child_that_the_api_server_refuses_is_told_alike():
+    """Real: a quota on Jobs."""
+    words = (
+        'jobs.batch "bot-a1" is forbidden: exceeded quota: few-jobs, requested: count/jobs.batch=1, used: 0, limited: 0'
+    )
+    found = refusal(words)
+    assert (found.reason, found.message) == ("QuotaExceeded", words.partition("forbidden: ")[2])
+
+
+def test_a_job_without_such_an_event_only_takes_its_time(attempt_job, job):
+    child = attempt_job(job(), 1, startTime=EARLIER)
+    asked, _ = inquiries(child, 1, [], NOON)
+    assert not_created(child, {asked[0]: [event("SuccessfulCreate", "Created pod", "Normal")]}) is None

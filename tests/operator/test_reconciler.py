@@ -34,6 +34,8 @@ class Api:
         self.writes: list[tuple[str, str, Object]] = []
         self.refuse: dict[str, web.Response] = {}
         self.version = 100
+        self.events: list[Object] = []
+        self.events_read = 0
 
     def app(self) -> web.Application:
         app = web.Application()
@@ -62,6 +64,9 @@ class Api:
     async def read(self, path: str) -> web.Response:
         if "finetunejobs" in path and self.body is not None:
             return web.json_response(self.body)
+        if path.endswith("/events"):
+            self.events_read += 1
+            return web.json_response({"items": self.events})
         if path.endswith("/services/bot"):
             return web.json_response({"metadata": {"name": "bot", "uid": "theirs"}})
         return web.json_response({"message": "not found"}, status=404)
@@ -342,3 +347,44 @@ async def test_pods_of_an_earlier_staging_job_of_the_name_tell_nothing(stage, bo
     stage.add(stage.cluster.pods, pod(earlier))
     stage.add(stage.cluster.jobs, stage_job(job()))
     assert stage.reconciler.observe(job()).stage_pods == []
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+async def test_events_are_read_before_the_status_is_written(stage, staged_body, attempt_job, job):
+    """One status write says why the Job controller creates no pods; looking again writes nothing."""
+    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
+    child = attempt_job(job(), 1, startTime="2020-01-01T12:00:00Z")
+    stage.add(stage.cluster.jobs, child)
+    stage.api.events = [
+        {"reason": "FailedCreate", "message": 'Error creating: pods "bot-a1-0-x" is forbidden: exceeded quota: gpus'}
+    ]
+    await stage.reconcile()
+    assert stage.condition("Started")["reason"] == "QuotaExceeded"
+    assert stage.condition("Started")["message"].startswith(
+        "0 of 2 workers run: pods cannot be created: exceeded quota"
+    )
+    written = len(stage.api.writes)
+    again = await stage.reconcile()
+    assert (len(stage.api.writes), stage.api.events_read) == (written, 1)
+    assert 0 < again <= 5
+
+
+REFUSALS = [
+    ("a quota on Jobs", 403, "jobs.batch is forbidden: exceeded quota: few", "QuotaExceeded"),
+    ("a webhook that says no", 400, 'admission webhook "a" denied the request: no', "AdmissionDenied"),
+    ("a webhook that does not answer", 500, 'Internal error: failed calling webhook "a"', "AdmissionDenied"),
+]
+
+
+@pytest.mark.parametrize(("status", "words", "reason"), [case[1:] for case in REFUSALS], ids=[c[0] for c in REFUSALS])
+async def test_a_child_that_is_refused_is_told_and_tried_again(stage, body, settings, status, words, reason):
+    stage = await stage(body())
+    for _ in range(2):
+        stage.api.refuse["jobs"] = web.json_response({"message": words}, status=status)
+        last = await stage.reconcile()
+    assert stage.condition("Staged")["reason"] == reason
+    assert last == settings.restart_backoff_seconds
+    await stage.reconcile()
+    assert stage.condition("Staged")["reason"] == "Staging"

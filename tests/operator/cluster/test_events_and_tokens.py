@@ -6,6 +6,7 @@ import pytest
 from aiohttp import web
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
+from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError
 
 Object = dict[str, Any]
@@ -133,3 +134,27 @@ async def test_reviewed_tokens_do_not_fill_the_memory(cluster, server, monkeypat
     for number in range(9):
         await cluster.review_token(f"guess-{number}")
     assert len(cluster._tokens) <= 3
+
+
+# ---------------------------------------------------------------- what others' events say
+
+
+@pytest.mark.parametrize(
+    ("about", "selector"),
+    [
+        (
+            Inquiry("Job", "bot-a1", "uid-1"),
+            "involvedObject.kind=Job,involvedObject.name=bot-a1,involvedObject.uid=uid-1",
+        ),
+        (
+            Inquiry("PersistentVolumeClaim", "models"),
+            "involvedObject.kind=PersistentVolumeClaim,involvedObject.name=models",
+        ),
+    ],
+    ids=["an object that is known by its uid", "an object that is known by its name alone"],
+)
+async def test_only_the_events_of_one_object_are_read(cluster, server, about, selector):
+    server.answers = [web.json_response({"items": [{"reason": "FailedCreate"}]})]
+    assert await cluster.read_events("team", about) == [{"reason": "FailedCreate"}]
+    assert server.requests == [("GET", "/api/v1/namespaces/team/events")]
+    assert server.queries == [{"fieldSelector": selector}]

@@ -72,8 +72,8 @@ class Reconciler:
             return 0.0
         try:
             await self._act(body, decided)
-            self._conflicts.pop(key, None)
-            self._refusals.pop(key, None)
+            if self._is_free_again(key):
+                decided = self._plan(body)
         except NameTaken as taken:
             self._conflicts[key] = str(taken)
             decided = self._plan(body)  # which says so, and when to try again
@@ -85,6 +85,11 @@ class Reconciler:
         told = await self._tell(body, decided)
         # What a new status makes possible is planned from it; its event is no news, it was taken in already.
         return self._settings.debounce_seconds if told else sooner(decided.requeue_after, self._events.due(key))
+
+    def _is_free_again(self, key: str) -> bool:
+        """Whether what was refused before has just been done."""
+        conflict, refused = self._conflicts.pop(key, None), self._refusals.pop(key, None)
+        return conflict is not None or refused is not None
 
     def _plan(self, body: Manifest) -> Plan:
         now = datetime.now(UTC)

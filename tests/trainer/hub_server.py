@@ -1,4 +1,7 @@
-"""A small server that speaks as much of the Hugging Face hub's API as downloads need."""
+"""A small server that speaks as much of the Hugging Face hub's API as downloads need.
+
+It imports the standard library only: the drills run this file in a pod too.
+"""
 
 import hashlib
 import json
@@ -9,11 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import pytest
-from huggingface_hub import constants
+if TYPE_CHECKING:
+    import pytest
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 REPO = "acme/tiny-llama"
@@ -28,7 +31,7 @@ class HubServer(ThreadingHTTPServer):
     daemon_threads = True
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(("127.0.0.1", 0), Handler)
         self.folder = folder
         self.repo = REPO
         self.gated = False
@@ -73,8 +76,10 @@ def serve(folder: Path) -> Iterator[HubServer]:
             thread.join()
 
 
-def redirect(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> None:
+def redirect(monkeypatch: "pytest.MonkeyPatch", server: HubServer, home: Path) -> None:
     """Lead this process's hub client to the server: what the environment says once, when the client is imported."""
+    from huggingface_hub import constants
+
     template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace(constants.ENDPOINT, server.url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
     monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -83,7 +88,7 @@ def redirect(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> 
     monkeypatch.delenv("HF_TOKEN", raising=False)
 
 
-class _Handler(BaseHTTPRequestHandler):
+class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     server: HubServer
 

@@ -1,0 +1,12 @@
+"""All drills, in the order of the table."""
+
+from tests.drills import errors, fetching, lifecycle, losses, obstacles, outage
+
+DRILLS = (
+    *lifecycle.DRILLS,
+    *errors.DRILLS,
+    *obstacles.DRILLS,
+    *fetching.DRILLS,
+    *losses.DRILLS,
+    *outage.DRILLS,
+)

@@ -1,0 +1,181 @@
+"""Drills: what happens while no operator runs. Its successor finds all of it in the objects themselves."""
+
+from tests.drills.drill import Act, Drill, Gone, Object, Outage, Seen, Step, submit
+from tests.drills.fetching import half_way, hub
+from tests.drills.lifecycle import DONE, SUSPENDED
+from tests.drills.scene import Scene
+from tests.drills.steps import (
+    LONG,
+    checkpoint,
+    counted,
+    delete,
+    holds,
+    kill,
+    nothing_held,
+    remove,
+    resume,
+    staging_done,
+    state,
+    suspend,
+    workers_end,
+)
+
+TOPIC = "The operator is away"
+
+
+def away(
+    name: str,
+    case: str,
+    done: str,
+    lead: tuple[Step, ...],
+    meanwhile: tuple[Step, ...],
+    seen: Seen | Gone,
+    *after: Step,
+    spec: Object,
+) -> Drill:
+    """A drill in the operator's absence; the time counts from its return."""
+    return Drill(
+        name,
+        case,
+        (Act(done, seen, seconds=150),),
+        spec=spec,
+        after=after,
+        topic=TOPIC,
+        outage=Outage(lead, meanwhile),
+    )
+
+
+def ends_badly(scene: Scene) -> None:
+    """Kill the worker, and wait until its pod has failed."""
+    kill()(scene)
+    workers_end("Failed")(scene)
+
+
+QUESTIONS: Object = {"dataset": {"volumePath": "data/questions.jsonl"}}
+SLOW: Object = {"training": {"maxSteps": 300}}
+
+DRILLS = (
+    away(
+        "away-pending",
+        "before the job is submitted",
+        "submitted and deleted again",
+        (),
+        (submit, remove),
+        Gone(),
+        spec={},
+    ),
+    away(
+        "away-submitted",
+        "before the job is submitted",
+        "submitted",
+        (),
+        (submit,),
+        DONE,
+        counted(attempt=1),
+        spec={},
+    ),
+    away(
+        "away-staging",
+        "while the model is staged",
+        "the staging ended",
+        (submit, state("Staging")),
+        (staging_done,),
+        DONE,
+        counted(attempt=1),
+        spec={},
+    ),
+    away(
+        "away-starting",
+        "while the worker starts",
+        "the worker started and ended well",
+        (submit, state("Starting")),
+        (workers_end("Succeeded"),),
+        DONE,
+        counted(attempt=1, restarts=0),
+        spec={},
+    ),
+    away(
+        "away-crash",
+        "while the job trains",
+        "the worker crashed after a checkpoint",
+        (submit, checkpoint(20)),
+        (ends_badly,),
+        Seen("Running", "Running", "Running", ("Attempt 2",)),
+        counted(attempt=2, restarts=1),
+        spec=LONG,
+    ),
+    away(
+        "away-error",
+        "while the worker starts",
+        "the worker found an error of the user",
+        (submit, state("Starting")),
+        (workers_end("Failed"),),
+        Seen("Failed", "Failed", "InvalidData", ("no assistant message",)),
+        nothing_held,
+        counted(restarts=0),
+        spec=QUESTIONS,
+    ),
+    away(
+        "away-end",
+        "while the job trains",
+        "the training ended",
+        (submit, holds("Running")),
+        (workers_end("Succeeded"),),
+        DONE,
+        counted(attempt=1, restarts=0),
+        spec=SLOW,
+    ),
+    away(
+        "away-suspend",
+        "while the job trains",
+        "`suspend: true`",
+        (submit, holds("Running")),
+        (suspend,),
+        SUSPENDED,
+        nothing_held,
+        spec=LONG,
+    ),
+    away(
+        "away-resume",
+        "while the job is suspended",
+        "`suspend: false`",
+        (submit, holds("Running"), suspend, holds("Suspended")),
+        (resume,),
+        Seen("Running", "Running", "Running"),
+        counted(restarts=0),
+        spec=LONG,
+    ),
+    away(
+        "away-deleted",
+        "while the job trains",
+        "the FineTuneJob deleted",
+        (submit, holds("Running")),
+        (remove,),
+        Gone(),
+        spec=LONG,
+    ),
+    away(
+        "away-job-deleted",
+        "while the job trains",
+        "the worker Job deleted",
+        (submit, holds("Running")),
+        (delete("job/{attempt}"),),
+        Seen("Running", "Running", "Running", ("Attempt 2",)),
+        counted(attempt=2, restarts=1),
+        spec=LONG,
+    ),
+    away(
+        "away-download",
+        "while the model comes from a hub",
+        "the staging pod deleted half-way",
+        (submit, half_way("stalled-absent")),
+        (
+            lambda scene: delete(
+                "pods", f"--selector=job-name={scene.until_stage_job()}", "--grace-period=0", "--force"
+            )(scene),
+        ),
+        DONE,
+        counted(attempt=1),
+        spec=hub("stalled-absent/tiny-llama"),
+    ),
+)

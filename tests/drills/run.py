@@ -1,0 +1,60 @@
+"""`make drills`: run the drills on the cluster that is up, and write docs/drills.md from what was seen.
+
+With names, only those drills run, and the page stays as it is.
+"""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from cluster_tool import REPOSITORY, ClusterError, default_layout, describe
+from kube import Kube
+from tests.drills import material, runner, table
+from tests.drills.catalogue import DRILLS
+from tests.drills.site import Site
+
+PAGE = REPOSITORY / "docs" / "drills.md"
+
+
+def main() -> int:
+    """Run the drills; 0 if all were as they must be."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help="drills to run; default: all")
+    parser.add_argument("--keep", action="store_true", help="leave namespaces and operators for a look afterwards")
+    arguments = parser.parse_args()
+    unknown = set(arguments.names) - {drill.name for drill in DRILLS}
+    if unknown:
+        parser.error(f"no such drill: {', '.join(sorted(unknown))}")
+    drills = [drill for drill in DRILLS if not arguments.names or drill.name in arguments.names]
+    try:
+        layout = default_layout()
+        site = Site(Kube(layout), layout)
+        reports = carry_out(site, drills, arguments.keep)
+    except (ClusterError, OSError) as error:
+        print(f"error: {describe(error)}", file=sys.stderr)
+        return 1
+    failed = [report for report in reports if report.problem]
+    for report in failed:
+        print(f"\n{report.drill.name}: {report.drill.case}\n  {report.problem}", file=sys.stderr)
+    print(f"{len(reports) - len(failed)} of {len(reports)} drills were as they must be", file=sys.stderr)
+    if not arguments.names and not failed:
+        PAGE.write_text(table.page(reports))
+    elif arguments.names:
+        print(table.page(reports))
+    return 1 if failed else 0
+
+
+def carry_out(site: Site, drills: list[runner.Drill], keep: bool) -> list[runner.Report]:
+    """Bring up what the drills need, run them, and remove it."""
+    with tempfile.TemporaryDirectory() as folder:
+        site.set_up(drills, material.write(Path(folder)))
+    try:
+        return runner.run(site, drills)
+    finally:
+        if not keep:
+            site.tear_down()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

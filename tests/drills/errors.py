@@ -132,11 +132,11 @@ DRILLS = (
     ),
     ends(
         "non-finite-loss",
-        "the loss is not finite any more",
-        "`training.learningRate: 1e30`",
+        "the loss is not finite",
+        "a weight of the base model overwritten with NaN",
         "NonFiniteLoss",
-        "learning",
-        spec={"training": {"maxSteps": 50, "learningRate": 1e30}},
+        "loss",
+        model="nan",
     ),
     Drill(
         "immutable",

@@ -22,8 +22,18 @@ def write(root: Path) -> Path:
     weights.write_bytes(weights.read_bytes()[:-1000])
     (root / "bare" / "config.json").unlink()
     (root / "mute" / "tokenizer.json").unlink()
+    spoil(shutil.copytree(root / "tiny", root / "nan") / "model.safetensors")
     write_data(root / "data")
     return root
+
+
+def spoil(weights: Path) -> None:
+    """Overwrite a weight with NaN."""
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(weights)
+    state["model.norm.weight"][0] = float("nan")
+    save_file(state, weights, metadata={"format": "pt"})
 
 
 def write_data(folder: Path) -> None:

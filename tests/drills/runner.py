@@ -134,7 +134,7 @@ def _until_gone(scene: Scene, act: Act, began: float) -> float:
     for watch in (scene.site.jobs_of_users, scene.site.child_jobs, scene.site.pods):
         watch.until(nothing, max(1.0, deadline - scene.site.now()), f"{scene.name} is gone")
     at = scene.site.now()
-    rest = [child for child in scene.children() if not child.startswith("pod")]
+    rest = [child for child in scene.children() if child.startswith(("service/", "configmap/"))]
     for child in rest:
         scene.kubectl("wait", "--for=delete", child, f"--timeout={max(1.0, deadline - scene.site.now()):.0f}s")
         at = scene.site.now()

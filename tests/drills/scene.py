@@ -144,7 +144,7 @@ class Scene:
         """The Jobs, Pods, Services and ConfigMaps that are the job's, and its staging Jobs."""
         kinds = "jobs,pods,services,configmaps"
         own = self.kubectl("get", kinds, f"--selector={JOB_LABEL}={self.name}", "--output=name").split()
-        return [*own, *(f"job.batch/{name}" for name in self.stage_jobs())]
+        return [*own, *(f"staging.job/{name}" for name in self.stage_jobs())]
 
     def told(self) -> str:
         """All that the operator says, for the message of a drill that failed."""

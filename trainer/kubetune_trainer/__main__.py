@@ -1,8 +1,16 @@
 """What containers run: `launch` (all processes of a node), `train` (one of them), `stage` (fetch or check weights)."""
 
-import argparse
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # The first process of a container ignores a signal that it does not handle: without this, a pod that is deleted
+    # while this program starts, or while it stages, stays for its whole grace period. Nothing is lost: a download goes
+    # on from its files, and `launch` takes the signal over before the first process trains.
+    signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))
+
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 

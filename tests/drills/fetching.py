@@ -1,6 +1,6 @@
 """Drills: the model comes from a hub that does not do its part, or is damaged afterwards."""
 
-from tests.drills.drill import Act, Drill, Object, Seen, submit
+from tests.drills.drill import Act, Drill, Object, Seen, Step, submit
 from tests.drills.scene import Scene
 from tests.drills.steps import counted, kubectl, nothing_held, staging_runs
 
@@ -18,7 +18,7 @@ def denied(name: str, case: str, done: str, spec: Object, *words: str) -> Drill:
     return Drill(name, case, (Act(done, seen),), spec=spec, after=(nothing_held,), topic=TOPIC, trains=False)
 
 
-def half_way(owner: str):
+def half_way(owner: str) -> Step:
     """Until the hub has sent half of the weights and stopped."""
 
     def step(scene: Scene) -> None:
@@ -31,12 +31,16 @@ def half_way(owner: str):
     return step
 
 
-def sent_once(owner: str):
+CHUNK = 10 << 20
+"""Bytes that the hub's client writes at once: what it has of the next ones is lost with the connection."""
+
+
+def sent_once(owner: str) -> Step:
     """The weights went over the line once: what was there was not fetched again."""
 
     def check(scene: Scene) -> None:
         sent, size = scene.site.sent(owner), scene.site.weights()
-        assert sent == size, f"{sent} bytes sent for a file of {size}"
+        assert sent <= size + CHUNK, f"{sent} bytes sent for a file of {size}"
 
     return check
 

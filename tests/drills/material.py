@@ -10,8 +10,8 @@ from tests.trainer.conftest import write_llama
 def write(root: Path) -> Path:
     """Write what goes onto the models volume, a folder for each."""
     write_llama(root / "tiny")
-    # Large enough for the hub to name it by its SHA-256.
-    write_llama(root / "hub", hidden_size=192, num_hidden_layers=4, intermediate_size=512)
+    # Half of it is more than the hub's client writes at once.
+    write_llama(root / "hub", hidden_size=336, num_hidden_layers=5, intermediate_size=1024)
     bert = write_llama(root / "bert") / "config.json"
     bert.write_text(
         json.dumps(json.loads(bert.read_text()) | {"architectures": ["BertForMaskedLM"], "model_type": "bert"})

@@ -64,6 +64,11 @@ test-e2e: ## Run the tests that need a node and the images
 	@$(CLUSTER) up --venv --images
 	@$(WITH_CLUSTER) $(PYTEST) tests/e2e $(ARGS)
 
+.PHONY: drills
+drills: ## Let everything go wrong on the cluster, one thing at a time, and write docs/drills.md; ARGS='name name' selects
+	@$(CLUSTER) up --venv --images
+	@$(WITH_CLUSTER) PYTHONPATH=examples/demo:tests/cluster $(PYTHON) -m tests.drills.run $(ARGS)
+
 .PHONY: generate
 generate: .venv/kubetune.stamp ## Write the generated files (crds/, docs/)
 	$(PYTHON) -m kubetune_operator.crd

@@ -28,7 +28,7 @@ from kubetune_contract.errors import explain
 from kubetune_contract.presets import preset_names
 from kubetune_contract.progress import CheckpointStatus, Progress, Result
 from kubetune_contract.staging import StagedData, StagedModel
-from kubetune_operator.errors import InvalidJob
+from kubetune_operator.errors import InvalidJob, UnknownFields
 from kubetune_operator.sources import DatasetSpec, DnsName, ModelSource, ValidationSpec
 from kubetune_operator.workers import Queue, Workers
 
@@ -311,12 +311,18 @@ class FineTuneJob(NamedTuple):
 
 
 def parse(body: dict[str, Any]) -> FineTuneJob:
-    """The typed FineTuneJob of an API object. Raises InvalidJob with every problem, spelt as in the manifest."""
+    """The typed FineTuneJob of an API object.
+
+    Raises InvalidJob with every problem, spelt as in the manifest; UnknownFields where some are fields that we do not
+    know: the API server lets none through that its CRD does not have.
+    """
     metadata = body["metadata"]
     try:
         spec = FineTuneJobSpec.model_validate(body.get("spec", {}))
     except ValidationError as error:
-        raise InvalidJob(f"spec.{problem}" for problem in explain(error, FineTuneJobSpec, to_camel)) from error
+        unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors(include_url=False))
+        kind = UnknownFields if unknown else InvalidJob
+        raise kind(f"spec.{problem}" for problem in explain(error, FineTuneJobSpec, to_camel)) from error
     return FineTuneJob(
         namespace=metadata["namespace"],
         name=metadata["name"],

@@ -2,6 +2,7 @@
 
 OperatorError
 ├── InvalidJob      a FineTuneJob that cannot work, found before anything was created
+│   └── UnknownFields   its spec has fields of a newer CRD: this operator cannot judge it
 ├── NameTaken       a name that a child needs belongs to somebody else
 ├── ApiError        the API server refused a request
 ├── Unreachable     the API server gave no answer
@@ -21,6 +22,10 @@ class InvalidJob(OperatorError):
     def __init__(self, problems: Iterable[str]) -> None:
         self.problems = tuple(problems)
         super().__init__("; ".join(self.problems))
+
+
+class UnknownFields(InvalidJob):
+    """The spec has fields that this operator does not know, so the CRD that let them through is newer than it."""
 
 
 class NameTaken(OperatorError):

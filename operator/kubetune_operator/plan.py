@@ -22,7 +22,7 @@ def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime
     """Decide the next step. A finished job is never touched again, except to remove what it still holds."""
     turn = Decision(job, observed, settings, now)
     if job.deleting:
-        return Plan(apply=[], suspend=[], delete=[], status=job.status, events=[], requeue_after=None)
+        return _nothing(job)
     if is_finished(job.status):
         cleanup.clean_up(turn)
         staging.release(turn)
@@ -60,6 +60,20 @@ def refuse(job: FineTuneJob, problems: Iterable[str], settings: Settings, now: d
     if not is_finished(job.status):
         turn.fail("InvalidConfig", in_one_sentence(problems))
     return turn.plan()
+
+
+def leave(job: FineTuneJob, problems: Iterable[str], settings: Settings, now: datetime) -> Plan:
+    """Let a job alone whose spec is newer than this operator: what runs goes on, and the next version takes over."""
+    if job.status.conditions:
+        return _nothing(job)
+    turn = Decision(job, Observed(), settings, now)
+    words = f"The CRD is newer than this operator, which must be upgraded first: {in_one_sentence(problems)}"
+    turn.condition("Staged", False, "OperatorOutdated", words, event="Warning")
+    return turn.plan()
+
+
+def _nothing(job: FineTuneJob) -> Plan:
+    return Plan(apply=[], suspend=[], delete=[], status=job.status, events=[], requeue_after=None)
 
 
 def in_one_sentence(problems: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from kubetune_operator.api import KIND, FineTuneJob, FineTuneJobSpec, FineTuneJobStatus, parse
 from kubetune_operator.cluster import Cluster, stage_group, worker_group
 from kubetune_operator.diagnosis import is_live
-from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError
+from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError, UnknownFields
 from kubetune_operator.eventbook import EventBook
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.names import (
@@ -27,7 +27,7 @@ from kubetune_operator.names import (
     stage_name,
 )
 from kubetune_operator.obstacles import Obstacle, refusal
-from kubetune_operator.plan import Observed, Plan, plan, refuse
+from kubetune_operator.plan import Observed, Plan, leave, plan, refuse
 from kubetune_operator.progress import ProgressStore
 from kubetune_operator.settings import Settings
 from kubetune_operator.status import is_finished
@@ -95,6 +95,8 @@ class Reconciler:
         now = datetime.now(UTC)
         try:
             job = parse(body)
+        except UnknownFields as error:
+            return leave(_unread(body), error.problems, self._settings, now)
         except InvalidJob as error:
             return refuse(_unread(body), error.problems, self._settings, now)
         return plan(job, self.observe(job), self._settings, now, self._ca_pem())

@@ -1,6 +1,5 @@
 """Drills: the good way, suspension, deletion, names that are taken, and the end that stays the end."""
 
-
 from tests.drills.drill import Act, Drill, Gone, Object, Seen, submit
 from tests.drills.fetching import half_way, hub
 from tests.drills.scene import Scene

@@ -150,7 +150,7 @@ DRILLS = (
             restarts(
                 ("Worker 1 ended with exit code 137", "restart 1 of 3"),
                 "worker 1's training process killed; worker 0 ends for want of its peer",
-                holds("Running"),
+                checkpoint(20),
                 kill(1),
                 seconds=90,
             ),

@@ -114,7 +114,7 @@ DRILLS = (
         "unbound-claim",
         "nobody gives the claim a volume",
         "a claim of a storage class that does not exist",
-        of_staging("VolumeUnbound", '"unbound-claim"'),
+        of_staging("VolumeNotBound", '"unbound-claim"', '"none-such" not found', "StorageClass"),
         before=(
             object_of(
                 "PersistentVolumeClaim",
@@ -161,7 +161,7 @@ DRILLS = (
         "limits",
         "admission refuses the pod",
         "a LimitRange of 64Mi for a container",
-        of_staging("AdmissionRejected", "maximum memory usage per Container is 64Mi"),
+        of_staging("AdmissionDenied", "memory limit of 64Mi"),
         place="small-limits",
     ),
     waits(

@@ -9,8 +9,8 @@ from tests.drills.scene import Scene, active, is_ready
 
 LONG: Object = {"training": {"maxSteps": 20000}, "checkpoint": {"everySteps": 20}}
 """Of a job that runs until the drill is over."""
-KILL = "kill -9 $(cat /proc/1/task/*/children)"
-"""Kills the training process; the launcher, which is the container's first process, then says so and ends."""
+KILL = "until kill -9 $(cat /proc/1/task/*/children); do sleep 0.2; done"
+"""Kills the training process as soon as there is one; the launcher, the container's first process, says so and ends."""
 
 
 # ---------------------------------------------------------------- what is waited for
@@ -206,7 +206,7 @@ def event(reason: str, most: int = 1) -> Step:
     """The job has an event of that reason, and not more than so many."""
 
     def check(scene: Scene) -> None:
-        which = f"--field-selector=involvedObject.name={scene.name},reason={reason}"
+        which = f"--field-selector=involvedObject.uid={scene.job()['metadata']['uid']},reason={reason}"
         found = json.loads(scene.kubectl("get", "events", which, "--output=json"))["items"]
         told = sum(item.get("count") or 1 for item in found)
         assert 1 <= told <= most, f"{told} events {reason}"

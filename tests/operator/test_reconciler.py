@@ -250,11 +250,27 @@ async def test_an_event_that_cannot_be_posted_changes_nothing(stage, body, caplo
 
 
 async def test_a_spec_that_cannot_be_read_fails_with_every_problem(stage, body):
-    stage = await stage(body(model=None, epochs=3))
+    stage = await stage(body(model=None, workers={"nodes": 0}))
     await stage.reconcile()
     assert stage.condition("Failed")["reason"] == "InvalidConfig"
     assert "spec.model: a value is required" in stage.condition("Failed")["message"]
-    assert "spec.epochs: unknown field" in stage.condition("Failed")["message"]
+    assert "spec.workers.nodes: input should be greater" in stage.condition("Failed")["message"]
+
+
+async def test_a_new_job_with_fields_of_a_newer_crd_is_told_and_not_failed(stage, body):
+    stage = await stage(body(epochs=3))
+    await stage.reconcile()
+    assert stage.condition("Staged")["reason"] == "OperatorOutdated"
+    assert "spec.epochs: unknown field" in stage.condition("Staged")["message"]
+
+
+async def test_a_running_job_that_got_fields_of_a_newer_crd_is_left_alone(stage, staged_body):
+    """The CRD of an upgrade, with its defaults, is there before the new operator."""
+    running = staged_body()
+    running["spec"]["epochs"] = 3
+    stage = await stage(running)
+    await stage.reconcile()
+    assert stage.api.writes == []
 
 
 async def test_a_taken_name_is_told_and_given_up_when_it_is_free(stage, staged_body):

@@ -1,9 +1,10 @@
 """All drills, in the order of the table."""
 
-from tests.drills import errors, fetching, lifecycle, losses, obstacles, outage
+from tests.drills import bounds, errors, fetching, lifecycle, losses, obstacles, outage
 
 DRILLS = (
     *lifecycle.DRILLS,
+    *bounds.DRILLS,
     *errors.DRILLS,
     *obstacles.DRILLS,
     *fetching.DRILLS,

@@ -51,6 +51,17 @@ DRILLS = (
         trains=False,
     ),
     ends(
+        "not-allowed",
+        "something that an administrator must allow",
+        "`workers.hostNetwork: true`, which the operator's settings do not allow",
+        "InvalidConfig",
+        "spec.workers.hostNetwork",
+        "KUBETUNE_ALLOW_HOST_NETWORK",
+        spec={"workers": {"hostNetwork": True}},
+        operator="missing-image",
+        trains=False,
+    ),
+    ends(
         "no-folder",
         "the model folder is missing",
         "`model.volumePath: nowhere`",

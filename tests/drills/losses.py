@@ -164,7 +164,7 @@ DRILLS = (
         "a person deletes a worker pod",
         (
             restarts(
-                ("worker 0's pod was deleted", "restart 1 of 3"),
+                ("Worker 0's pod was deleted", "restart 1 of 3"),
                 "`kubectl delete pod`",
                 holds("Running"),
                 delete("pod/{worker}"),

@@ -180,6 +180,50 @@ DRILLS = (
         spec={"workers": {"gpusPerNode": 1}},
     ),
     waits(
+        "node-selector",
+        "no node has the label",
+        "`workers.nodeSelector: {zone: nowhere}`",
+        of_workers("Unschedulable", "node affinity/selector"),
+        spec={"workers": {"nodeSelector": {"zone": "nowhere"}}},
+    ),
+    waits(
+        "no-priority-class",
+        "the priority class does not exist",
+        "`workers.priorityClassName: none-such`",
+        of_workers("AdmissionDenied", "none-such", "Create the PriorityClass"),
+        spec={"workers": {"priorityClassName": "none-such"}},
+    ),
+    waits(
+        "pod-security",
+        "Pod Security refuses the pod",
+        "`workers.hostNetwork: true` in a namespace of the level `restricted`",
+        of_workers("AdmissionDenied", "violates PodSecurity", "hostNetwork=true"),
+        spec={"workers": {"hostNetwork": True}},
+    ),
+    waits(
+        "no-env-secret",
+        "a Secret that an environment variable needs does not exist",
+        "`workers.env` names it",
+        of_workers("SecretMissing", "wandb-key"),
+        spec={
+            "workers": {
+                "env": [{"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb-key", "key": "key"}}}]
+            }
+        },
+    ),
+    waits(
+        "no-config-map",
+        "a ConfigMap that a volume needs does not exist",
+        "`workers.volumes` names it",
+        of_workers("MountFailed", "none-such"),
+        spec={
+            "workers": {
+                "volumes": [{"name": "extra", "configMap": {"name": "none-such"}}],
+                "volumeMounts": [{"name": "extra", "mountPath": "/extra"}],
+            }
+        },
+    ),
+    waits(
         "late-node",
         "a node that fits comes later",
         "a resource that no node has",

@@ -32,7 +32,7 @@ SETTINGS = {
 }
 """What differs from an operator as it is installed: shorter waits, so that drills are short."""
 OPERATORS: Mapping[str, Mapping[str, str]] = {
-    MAIN: {},
+    MAIN: {"settings.allowHostNetwork": "true"},
     "missing-image": {"trainerImage.tag": "never-built"},
     "denied-image": {
         "trainerImage.repository": f"127.0.0.1:{NODE_PORT}/private/trainer",
@@ -187,15 +187,11 @@ class Site:
     def _install(self, name: str) -> str:
         chart = REPOSITORY / "charts" / "kubetune"
         where = ["--namespace", self.system, "--take-ownership", "--wait", "--timeout", "10m"]
-        numbers = {f"settings.{key}": value for key, value in SETTINGS.items()}
-        words = {
-            "settings.operatorName": self.operator(name),
-            "settings.hubEndpoint": f"http://hub.{self.namespace(MAIN)}.svc:{HUB_PORT}",
-            **OPERATORS[name],
-        }
+        values = {f"settings.{key}": value for key, value in SETTINGS.items()} | OPERATORS[name]
+        values["settings.operatorName"] = self.operator(name)
+        values["settings.hubEndpoint"] = f"http://hub.{self.namespace(MAIN)}.svc:{HUB_PORT}"
         options = [*demo.image_values(self.images), "--set=rbac.aggregate=false"]
-        options += [f"--set={key}={value}" for key, value in numbers.items()]
-        options += [f"--set-string={key}={value}" for key, value in words.items()]
+        options += [f"--set={key}={value}" for key, value in values.items()]
         self.kube.helm("upgrade", "--install", self.release(name), chart, *where, *options)
         return "ready"
 

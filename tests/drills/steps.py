@@ -123,6 +123,14 @@ def kill(index: int = 0) -> Step:
     return lambda scene: _ignore(scene.kubectl("exec", scene.worker(index), "--", "sh", "-c", KILL))
 
 
+def freeze(scene: Scene) -> None:
+    """Stop the first worker's training process without ending it. Its pod is killed when the drill is over."""
+    pod = scene.worker()
+    scene.kubectl("exec", pod, "--", "sh", "-c", "kill -STOP $(cat /proc/1/task/*/children)")
+    end = ["delete", "pod", pod, "--ignore-not-found", "--force", "--grace-period=0"]
+    scene.undo.append(lambda: scene.kubectl(*end))
+
+
 def patch(**spec: Any) -> Step:
     """Change fields of the spec; a refusal is kept."""
     return lambda scene: scene.patch(spec)
@@ -181,9 +189,13 @@ def counted(**fields: int) -> Step:
 
 
 def left(**kinds: int) -> Step:
-    """So many children of these kinds, such as job=1, configmap=1."""
+    """So many children of these kinds, such as job=1, configmap=1; those that have to go get half a minute."""
 
     def check(scene: Scene) -> None:
+        for kind in (kind for kind, count in kinds.items() if count == 0):
+            for child in scene.children():
+                if child.startswith((f"{kind}/", f"{kind}.")):
+                    scene.kubectl("wait", "--for=delete", child, "--timeout=30s")
         children = [child.partition("/")[0].partition(".")[0] for child in scene.children()]
         found = {kind: children.count(kind) for kind in kinds}
         assert found == kinds, f"{found} in place of {kinds}"

@@ -200,7 +200,7 @@ class Site:
             self.files.put(part, part.name)
         own = {f"/models/m/{drill.name}": f"/models/{drill.model}" for drill in drills}
         copies = [f"rm -rf {target}; cp -r {source} {target}" for target, source in own.items()]
-        self.files.shell("; ".join(["set -e; mkdir -p /models/m", *copies]))
+        self.files.shell("; ".join(["set -e; rm -rf /models/huggingface; mkdir -p /models/m", *copies]))
 
     def _make_hub(self) -> None:
         sources = [REPOSITORY / "tests" / "trainer" / "hub_server.py", REPOSITORY / "tests" / "drills" / "hub.py"]

@@ -34,12 +34,10 @@ HEADER: Final = (
 )
 
 NAME_RULE: Final = {
-    "rule": "self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$')",
-    "messageExpression": '"%s must begin with a letter and hold only a-z, 0-9 and hyphens: host names are made from it"'
-    ".format([self.metadata.name])",
+    "rule": f"self.metadata.name.matches('{names.NAME_PATTERN}')",
+    "messageExpression": f'"%s {names.NAME_RULE}".format([self.metadata.name])',
     "fieldPath": ".metadata.name",
 }
-"""The headless Service has the job's name, and a Service's name begins with a letter and has no dots."""
 COLUMNS: Final = (
     ("State", "string", ".status.state", "The job in one word.", 0),
     ("Progress", "string", ".status.display.progress", "Steps done.", 0),

@@ -34,6 +34,9 @@ OUTPUT_VOLUME: Final = "output"
 
 RENDEZVOUS_PORT: Final = 29500
 
+NAME_PATTERN: Final = "^[a-z]([-a-z0-9]*[a-z0-9])?$"
+"""Of a FineTuneJob. The headless Service has its name, and a Service's name begins with a letter and has no dots."""
+NAME_RULE: Final = "must begin with a letter and hold only a-z, 0-9 and hyphens: host names are made from it"
 MAX_NAME_LENGTH: Final = 45
 """Of a FineTuneJob. `<name>-a<attempt>-<index>` is the host name of a pod, which may have 63 characters."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from layout import REPOSITORY, Layout
 from shell import caller, give_to_caller, run, which, write_if_changed
 
-EXTRAS = "operator,trainer,dev"
+EXTRAS = "operator,trainer,kubectl,dev"
 ENVIRONMENT = REPOSITORY / ".venv"
 STAMP = ENVIRONMENT / "kubetune.stamp"
 

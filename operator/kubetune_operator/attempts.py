@@ -24,6 +24,7 @@ from kubetune_operator.names import GANG_ANNOTATION, job_name, output_path
 from kubetune_operator.queueing import is_held, is_queued, leave, wait
 from kubetune_operator.status import (
     counted,
+    find,
     is_finished,
     is_true,
     rewound,
@@ -131,9 +132,10 @@ def _create(turn: Decision, ca_pem: str) -> None:
         worker_job(job, attempt, turn.settings),
     )
     if turn.observed.conflict is None and turn.observed.refused is None:
+        # The status is written after the Job is there, so this is no promise.
+        _note_start(turn)
         workers = counted(job.spec.workers.nodes, "worker")
-        message = f"Job {job_name(job.name, attempt)} with {workers} is being created."
-        turn.condition("Started", False, "Starting", message, event="Normal")
+        turn.condition("Started", False, "Starting", f"Job {job_name(job.name, attempt)} with {workers} was created.")
 
 
 def _still_there(turn: Decision) -> str | None:
@@ -212,6 +214,8 @@ def _say_starting(turn: Decision, child: Manifest, pods: list[Manifest], up: int
 
 def _say_running(turn: Decision, pods: list[Manifest]) -> None:
     nodes, attempt = turn.job.spec.workers.nodes, turn.attempt
+    stood = attempt > 1 or find(turn.status, "Suspended") is not None or turn.said_otherwise("Started", "Starting")
+    relief = "Normal" if stood else None
     turn.condition("Started", True, "Started", f"All workers of attempt {attempt} came up.")
     evicted = next((pod for pod in pods if condition(pod, "DisruptionTarget") is not None), None)
     if evicted is not None:
@@ -226,7 +230,7 @@ def _say_running(turn: Decision, pods: list[Manifest]) -> None:
         turn.look_again(turn.settings.restart_backoff_seconds)
     if turn.job.spec.failure_policy.progress_deadline_seconds and turn.settings.progress_url is None:
         message += f" {NO_REPORTS}."
-    turn.condition("Running", True, "Running", message, event="Normal")
+    turn.condition("Running", True, "Running", message, event=relief)
 
 
 def _suspend(turn: Decision, child: Manifest) -> None:

@@ -152,7 +152,10 @@ class Decision:
         self.status = self.status.model_copy(update=fields)
 
     def condition(self, kind: ConditionType, holds: bool, reason: str, message: str, event: str | None = None) -> None:
-        """Set a condition; `event` is the type of the Event that tells people when its status or reason changes."""
+        """Set a condition; `event` is the type of the Event that tells people when its status or reason changes.
+
+        Events are for trouble, for its end and for the end of the job: what goes as expected the conditions tell.
+        """
         text = clipped(message)
         before = find(self.status, kind)
         state = "True" if holds else "False"
@@ -169,6 +172,11 @@ class Decision:
         )
         if event is not None and (before is None or (before.status, before.reason) != (state, reason)):
             self._events.append(Event(event, reason, text))
+
+    def said_otherwise(self, kind: ConditionType, reason: str) -> bool:
+        """Whether the job's condition has another reason than that of the way on which all goes well."""
+        before = find(self.job.status, kind)
+        return before is not None and before.reason != reason
 
     def withdraw(self, kind: ConditionType, reason: str, message: str) -> None:
         """Set a condition to False if it was ever set: a thing that never held needs no denial."""

@@ -14,6 +14,7 @@ from kubetune_operator.cluster import Cluster, stage_group, worker_group
 from kubetune_operator.diagnosis import is_live
 from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError, UnknownFields
 from kubetune_operator.eventbook import EventBook
+from kubetune_operator.gathering import Gathering
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.names import (
     ATTEMPT_LABEL,
@@ -54,6 +55,7 @@ class Reconciler:
         self._refusals: dict[str, Obstacle] = {}
         self._events = EventBook(cluster.read_events)
         self._reports_since: datetime | None = None
+        self._gathering = Gathering(settings.progress_write_seconds)
 
     async def reconcile(self, key: str) -> float | None:
         """Observe, plan, act, write. Returns after how many seconds time alone may change the plan.
@@ -82,6 +84,9 @@ class Reconciler:
                 raise
             self._refusals[key] = refusal(error.message)
             decided = self._plan(body)
+        wait = self._gathering.wait(key, _status(body), decided.status)
+        if wait:
+            return sooner(wait, sooner(decided.requeue_after, self._events.due(key)))
         told = await self._tell(body, decided)
         # What a new status makes possible is planned from it; its event is no news, it was taken in already.
         return self._settings.debounce_seconds if told else sooner(decided.requeue_after, self._events.due(key))
@@ -166,7 +171,7 @@ class Reconciler:
 
     async def _tell(self, body: Manifest, decided: Plan) -> bool:
         """Write the status and post the events that explain it, if it changed; whether it did."""
-        if decided.status == FineTuneJobStatus.model_validate(body.get("status") or {}):
+        if decided.status == _status(body):
             return False
         try:
             answer = await self._cluster.write_status(body, decided.status.to_dict())
@@ -190,6 +195,7 @@ class Reconciler:
         self._conflicts.pop(key, None)
         self._refusals.pop(key, None)
         self._events.forget(key)
+        self._gathering.forget(key)
         self._progress.forget(key)
         self._metrics.forget(namespace, name)
         self._cluster.forget(namespace, [config_map_name(name), service_name(name)])
@@ -229,8 +235,12 @@ def _unread(body: Manifest) -> FineTuneJob:
         generation=metadata.get("generation", 1),
         deleting="deletionTimestamp" in metadata,
         spec=FineTuneJobSpec.model_construct(),  # type: ignore[call-arg]
-        status=FineTuneJobStatus.model_validate(body.get("status") or {}),
+        status=_status(body),
     )
+
+
+def _status(body: Manifest) -> FineTuneJobStatus:
+    return FineTuneJobStatus.model_validate(body.get("status") or {})
 
 
 def _role(manifest: Manifest) -> str | None:

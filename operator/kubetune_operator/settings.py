@@ -81,7 +81,8 @@ class Settings(ContractModel):
     lost_node_grace_seconds: float = Field(default=60, ge=0)
     """Seconds after the end of an attempt in which pods on an unreachable node hold up the next attempt."""
     progress_write_seconds: float = Field(default=10, ge=0)
-    """Least number of seconds between two writes of one FineTuneJob's progress."""
+    """Least number of seconds between two writes of one FineTuneJob's progress. A change of nothing but counts of
+    workers and wordings waits as long for a change that matters, to be written together with it."""
     debounce_seconds: float = Field(default=0.5, ge=0)
     """Seconds in which further changes of one FineTuneJob are gathered into one status write."""
     workers: int = Field(default=16, ge=1, le=256)

@@ -1,5 +1,7 @@
 """The staging phase: one shared Job puts the base model on the models claim, or checks what is there. Pure."""
 
+from typing import Final
+
 from kubetune_contract.staging import StagedModel
 from kubetune_operator.api import FineTuneJob
 from kubetune_operator.build import stage_adoption, stage_job
@@ -16,6 +18,8 @@ from kubetune_operator.diagnosis import (
 )
 from kubetune_operator.queueing import is_held, told
 from kubetune_operator.status import STAGING, readable_bytes
+
+STARTING: Final = ": the staging pod is starting"
 
 
 def stage(turn: Decision) -> None:
@@ -63,7 +67,7 @@ def _start(turn: Decision) -> None:
     if turn.observed.refused is not None:
         turn.refused("Staged", turn.observed.refused)
         return
-    turn.condition("Staged", False, STAGING, f"{_what(turn.job)}.")
+    turn.condition("Staged", False, STAGING, f"{_what(turn.job)}{STARTING}.")
 
 
 def _start_over(turn: Decision, child: Manifest) -> None:
@@ -79,7 +83,8 @@ def _complete(turn: Decision, child: Manifest) -> None:
     if staged is not None:
         turn.withdraw("Suspended", "Resumed", "The job goes on.")
         turn.set(staged=staged)
-        turn.condition("Staged", True, "Staged", _told(staged, turn), event="Normal")
+        relief = "Normal" if turn.said_otherwise("Staged", STAGING) else None
+        turn.condition("Staged", True, "Staged", _told(staged, turn), event=relief)
         return
     if turn.evidence_due(child.get("status", {}).get("completionTime")):
         _start_over(turn, child)
@@ -124,7 +129,7 @@ def _follow(turn: Decision, child: Manifest) -> None:
     elif any(is_ready(pod) for pod in turn.observed.stage_pods):
         turn.condition("Staged", False, STAGING, f"{_what(turn.job)}.")
     else:
-        turn.condition("Staged", False, STAGING, f"{_what(turn.job)}: the staging pod is starting.")
+        turn.condition("Staged", False, STAGING, f"{_what(turn.job)}{STARTING}.")
 
 
 def _suspend(turn: Decision, child: Manifest) -> None:

@@ -37,11 +37,15 @@ def test_kubectl_wait_returns_for_a_run_that_succeeded(bench, undisturbed):
     assert told.strip() == f"finetunejob.kubetune.io/{name} condition met"
 
 
-def test_the_events_tell_the_run_as_a_story(bench, undisturbed):
+def test_the_conditions_tell_the_run_as_a_story_and_an_event_its_end(bench, undisturbed):
     name = undisturbed["metadata"]["name"]
     told = bench.kube.kubectl("describe", "finetunejob", name, "--namespace", bench.namespace)
     reasons = [line.split()[1] for line in told[told.index("Events:") :].splitlines() if " kubetune " in line]
-    assert [one for one in reasons if one in ("Staged", "Running", "Succeeded")] == ["Staged", "Running", "Succeeded"]
+    assert reasons == ["Succeeded"]
+    story = [bench.condition(undisturbed, kind) for kind in ("Staged", "Started", "Succeeded")]
+    assert [item["status"] for item in story] == ["True"] * 3
+    times = [item["lastTransitionTime"] for item in story]
+    assert times == sorted(times)
 
 
 def test_a_killed_worker_costs_nothing_the_weights_are_the_same_bits(bench, undisturbed, tmp_path):

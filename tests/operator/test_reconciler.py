@@ -157,7 +157,7 @@ async def test_a_new_job_is_three_writes(stage, body):
     assert stage.store.get("team/bot")["status"]["state"] == "Staging", "the own write is known before its event"
 
 
-async def test_a_staged_job_gets_its_children_then_its_status_then_its_event(stage, staged_body):
+async def test_a_staged_job_gets_its_children_then_its_status(stage, staged_body):
     stage = await stage(staged_body())
     await stage.reconcile()
     assert stage.api.written == [
@@ -165,8 +165,8 @@ async def test_a_staged_job_gets_its_children_then_its_status_then_its_event(sta
         "POST services",
         "POST jobs",
         "PATCH finetunejobs/bot/status",
-        "POST events",
     ]
+    assert stage.status["attempt"] == 1
     assert stage.api.writes[0][2]["data"]["ca.crt"] == "PEM"
 
 
@@ -188,6 +188,22 @@ async def test_nothing_is_written_when_nothing_changes(stage, staged_body, job, 
     for _ in range(3):
         await stage.reconcile()
     assert len(stage.api.writes) == before
+
+
+async def test_a_worker_more_is_written_together_with_what_comes_next(
+    stage, staged_body, job, attempt_job, pod, settings
+):
+    stage = await stage(staged_body())
+    owner = stage.add(stage.cluster.jobs, attempt_job(job(), 1))
+    await stage.reconcile()
+    before = len(stage.api.writes)
+    stage.add(stage.cluster.pods, pod(owner, 0, ready=True))
+    assert 0 < await stage.reconcile() <= settings.progress_write_seconds
+    assert len(stage.api.writes) == before
+    stage.add(stage.cluster.pods, pod(owner, 1, ready=True))
+    await stage.reconcile()
+    assert stage.api.written[before:] == ["PATCH finetunejobs/bot/status"]
+    assert (stage.status["state"], stage.status["workers"]["ready"]) == ("Running", 2)
 
 
 async def test_no_job_is_created_for_a_finetunejob_that_is_gone(stage, staged_body):

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 from kube import Kube, events
+from tests.integration.operator.server import Account, Proxy
 
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
@@ -52,7 +53,7 @@ def free_port() -> int:
 class Operator:
     """`python -m kubetune_operator` for one namespace."""
 
-    def __init__(self, kube: Kube, namespace: str, folder: Path, **settings: str) -> None:
+    def __init__(self, kubeconfig: Path, namespace: str, folder: Path, **settings: str) -> None:
         self.port = free_port()
         self.log = folder / "operator.log"
         chosen = {
@@ -69,7 +70,7 @@ class Operator:
         }
         kept = {name: value for name, value in os.environ.items() if not name.startswith("KUBE")}
         variables = {f"KUBETUNE_{name.upper()}": value for name, value in chosen.items()}
-        self.environment = {**kept, **variables, "KUBECONFIG": str(kube.config)}
+        self.environment = {**kept, **variables, "KUBECONFIG": str(kubeconfig)}
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -118,8 +119,16 @@ class Drill:
     every = "--selector="
     """The selector of everything."""
 
-    def __init__(self, kube: Kube, namespace: str, operator: Operator, manifest: Callable[..., Object]) -> None:
+    def __init__(
+        self,
+        kube: Kube,
+        namespace: str,
+        operator: Operator,
+        manifest: Callable[..., Object],
+        proxy: Proxy | None = None,
+    ) -> None:
         self.kube = kube
+        self.proxy = proxy
         self.namespace = namespace
         self.operator = operator
         self.manifest = manifest
@@ -244,13 +253,15 @@ def _now() -> str:
 
 @pytest.fixture
 def drill(kube: Kube, crd: str, manifest: Callable[..., Object], tmp_path: Path) -> Iterator[Callable[..., Drill]]:
-    """drill(**settings): a running operator in a namespace of the test's own."""
+    """drill(**settings): a running operator in a namespace of the test's own, before it a proxy if `proxied`."""
     made: list[Drill] = []
 
-    def make(**settings: str) -> Drill:
+    def make(proxied: bool = False, **settings: str) -> Drill:
         namespace = f"kubetune-it-{uuid.uuid4().hex[:8]}"
         kube.kubectl("create", "namespace", namespace)
-        made.append(Drill(kube, namespace, Operator(kube, namespace, tmp_path, **settings), manifest))
+        proxy = Proxy(Account.of(kube.config), tmp_path) if proxied else None
+        config = proxy.start() if proxy is not None else kube.config
+        made.append(Drill(kube, namespace, Operator(config, namespace, tmp_path, **settings), manifest, proxy))
         made[-1].operator.start()
         return made[-1]
 
@@ -259,5 +270,7 @@ def drill(kube: Kube, crd: str, manifest: Callable[..., Object], tmp_path: Path)
         kube.kubectl("delete", "finetunejobs", "--all", "--namespace", drill.namespace, "--wait=false")
         if drill.operator.process is not None:
             drill.operator.stop(signal.SIGKILL)
+        if drill.proxy is not None:
+            drill.proxy.stop()
         kube.kubectl("delete", "namespace", drill.namespace, "--wait=false")
         assert drill.operator.errors() == []

@@ -15,7 +15,7 @@ Object = dict[str, Any]
 
 
 def test_from_apply_to_an_adapter(drill):
-    """The whole line, and the story that a person can read afterwards."""
+    """The whole line, and what a person can read afterwards: conditions for what went well, events for the rest."""
     drill = drill()
     drill.submit()
     drill.until_state("job", "Staging")
@@ -40,9 +40,13 @@ def test_from_apply_to_an_adapter(drill):
     )
     described = drill.kubectl("describe", "finetunejob", "job")
     lines = [line.split() for line in described[described.index("Events:") :].splitlines()[3:]]
-    assert [line[1] for line in lines if line[0] == "Normal"] == ["Staged", "Starting", "Running", "Succeeded"]
-    # The scheduler misses the claims, which are not there on purpose.
+    # The scheduler misses the claims, which are not there on purpose: that, and its end, is told too.
+    assert [line[1] for line in lines if line[0] == "Normal"][-1] == "Succeeded"
+    assert {line[1] for line in lines if line[0] == "Normal"} <= {"Staged", "Running", "Succeeded"}
     assert {line[1] for line in lines if line[0] == "Warning"} <= {"VolumeMissing"}
+    story = [drill.condition(status, kind) for kind in ("Staged", "Started", "Succeeded")]
+    assert [item["status"] for item in story] == ["True"] * 3
+    assert len({item["message"] for item in story}) == 3
 
 
 def test_nothing_is_written_while_nothing_happens(drill):

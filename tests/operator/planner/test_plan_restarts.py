@@ -25,8 +25,9 @@ def test_the_next_attempt_is_created_with_its_config_and_service(world, kinds, t
     decided = world.plan()
     assert kinds(decided) == ["ConfigMap/bot-kubetune", "Service/bot", "Job/bot-a2"]
     assert decided.apply[2]["metadata"]["labels"]["kubetune.io/attempt"] == "2"
-    assert told(decided, "Started") == ("False", "Starting", "Job bot-a2 with 2 workers is being created.")
-    assert [event[:2] for event in decided.events] == [("Normal", "Starting")]
+    assert told(decided, "Started") == ("False", "Starting", "Job bot-a2 with 2 workers was created.")
+    assert decided.events == [], "the restart was told already"
+    assert (decided.status.attempt_start_time, decided.status.next_attempt_time) == (world.now, None)
 
 
 def test_a_restarted_operator_finds_the_job_that_it_has_just_created(world):

@@ -22,7 +22,18 @@ def test_all_workers_up_is_running(world, told):
     assert decided.status.state == "Running"
     assert told(decided, "Started") == ("True", "Started", "All workers of attempt 1 came up.")
     assert told(decided, "Running") == ("True", "Running", "Attempt 1: 2 of 2 workers running.")
-    assert [event[:2] for event in decided.events] == [("Normal", "Running")]
+    assert decided.events == [], "nothing else was ever expected"
+
+
+def test_running_after_trouble_is_told_by_an_event(world):
+    world.staged().attempt(2).worker(0, ready=True).worker(1, ready=True)
+    assert [event[:2] for event in world.plan().events] == [("Normal", "Running")]
+
+
+def test_running_after_a_suspension_is_told_by_an_event(world):
+    world.staged().attempt(1).worker(0, ready=True).worker(1, ready=True)
+    world.with_condition("Suspended", "False", "Resumed")
+    assert [event[:2] for event in world.plan().events] == [("Normal", "Running")]
 
 
 def test_a_worker_that_is_done_does_not_end_running(world, told):

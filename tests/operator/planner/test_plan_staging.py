@@ -40,14 +40,15 @@ def test_a_new_job_starts_with_the_staging_of_its_model(world, told):
     decided = world.plan()
     assert [item["kind"] for item in decided.apply] == ["Job"]
     assert decided.apply[0]["metadata"]["name"].startswith("kubetune-stage-")
-    assert told(decided, "Staged") == ("False", "Staging", 'Checking the model at models/llama on claim "models".')
+    what = 'Checking the model at models/llama on claim "models": the staging pod is starting.'
+    assert told(decided, "Staged") == ("False", "Staging", what)
     assert decided.status.state == "Staging"
     assert decided.status.observed_generation == 1
 
 
 def test_a_download_is_called_a_download(world, told):
     world.with_spec(model={"volumePath": None, "huggingFace": {"repo": "meta-llama/Llama-3.1-8B", "revision": "v2"}})
-    assert told(world.plan(), "Staged")[2] == 'Downloading meta-llama/Llama-3.1-8B (v2) to claim "models".'
+    assert told(world.plan(), "Staged")[2].startswith('Downloading meta-llama/Llama-3.1-8B (v2) to claim "models"')
 
 
 def test_a_suspended_new_job_creates_nothing(world, told):
@@ -186,7 +187,7 @@ def test_a_complete_staging_is_told_and_the_workers_are_created_at_once(world, d
     )
     assert decided.status.staged.parameters == 134515008
     assert kinds(decided)[-1] == "Job/bot-a1"
-    assert [event.reason for event in decided.events] == ["Staged", "Starting"]
+    assert decided.events == [], "the conditions tell what was expected"
 
 
 def test_a_report_that_is_not_seen_yet_is_waited_for(world, complete):

@@ -56,7 +56,7 @@ def test_a_restart_that_is_due_waits_for_the_resumption(world):
     world.with_spec(suspend=True).waiting_for(2, seconds=-30, restarts=1).attempt(1, seen=False).fails()
     decided = world.plan()
     assert (decided.apply, decided.status.state, decided.status.attempt) == ([], "Suspended", 2)
-    assert world.with_spec(suspend=False).next().plan().apply[-1]["metadata"]["name"] == "bot-a2"
+    assert world.next().with_spec(suspend=False).plan().apply[-1]["metadata"]["name"] == "bot-a2"
 
 
 def test_an_attempt_that_ends_during_the_suspension_keeps_its_verdict(world):

@@ -128,7 +128,7 @@ def test_resuming_queues_anew_once_the_old_pods_have_gone(queued):
     assert queued.plan().apply == []  # the old gang may still write
     queued.jobs.clear()
     queued.pods.clear()
-    made = queued.next().plan().apply[-1]
+    made = queued.plan().apply[-1]
     assert (made["metadata"]["name"], made["spec"]["suspend"]) == ("bot-a2", True)
 
 

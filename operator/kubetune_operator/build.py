@@ -12,20 +12,17 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import ConfigError, explain
 from kubetune_contract.exit_codes import USER_ERRORS
 from kubetune_contract.presets import resolve
-from kubetune_contract.staging import StageSource
 from kubetune_operator import changes, names
 from kubetune_operator.api import API_VERSION, KIND, FineTuneJob
+from kubetune_operator.contents import folder_of
 from kubetune_operator.errors import InvalidJob
-from kubetune_operator.placement import SIDECAR_OFF, gang_annotations, pod_annotations, pod_labels, stage_placement
-from kubetune_operator.pods import common_volumes, container_defaults, pod_defaults, scratch_variables, worker_pod
+from kubetune_operator.placement import gang_annotations, pod_annotations, pod_labels
+from kubetune_operator.pods import worker_pod
 from kubetune_operator.settings import Settings
-from kubetune_operator.sources import DatasetSpec, HuggingFaceSource, ValidationSpec
+from kubetune_operator.sources import DataPlace, DatasetSpec, ValidationSpec
 
 Manifest = dict[str, Any]
 
-STAGE_RETRIES: Final = 3
-STAGE_REQUESTS: Final = {"cpu": "100m", "memory": "256Mi"}
-"""Staging copies and hashes files as a stream."""
 SECTIONS: Final = (
     "method",
     "adapter",
@@ -38,6 +35,8 @@ SECTIONS: Final = (
     "profiler",
 )
 """Parts of the spec that the run gets as they are."""
+PLACES: Final = tuple(to_camel(name) for name in DataPlace.model_fields)
+"""Fields that say where rows come from."""
 
 
 def run_config(job: FineTuneJob) -> RunConfig:
@@ -48,7 +47,7 @@ def run_config(job: FineTuneJob) -> RunConfig:
     spec = job.spec
     problems: list[str] = []
     overrides: dict[str, Any] = {
-        "model": {"path": f"{paths.MODELS_MOUNT}/{names.model_path(spec)}"},
+        "model": {"path": f"{paths.MODELS_MOUNT}/{folder_of(spec.model)}"},
         "dataset": _data(spec.dataset, DatasetSpec, "dataset", problems),
         "output_dir": f"{paths.OUTPUT_MOUNT}/{names.output_path(job)}",
     }
@@ -79,10 +78,11 @@ def _data(section: dict[str, Any], model: type[ContractModel], name: str, proble
 
 
 def _mounted(section: dict[str, Any]) -> dict[str, Any]:
-    """The section with each volumePath as a path in the container."""
-    mounted = {key: value for key, value in section.items() if key != "volumePath"}
-    if "volumePath" in section:
-        mounted["path"] = f"{paths.MODELS_MOUNT}/{section['volumePath']}"
+    """The section with each place of rows as a path in the container."""
+    mounted = {key: value for key, value in section.items() if key not in PLACES}
+    given = {key: section[key] for key in PLACES if section.get(key) is not None}
+    if given:
+        mounted["path"] = f"{paths.MODELS_MOUNT}/{folder_of(DataPlace.model_validate(given))}"
     if "mixture" in section:
         mounted["mixture"] = [_mounted(other) for other in section["mixture"]]
     return mounted
@@ -138,67 +138,13 @@ def worker_job(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
             "podFailurePolicy": {
                 "rules": [
                     {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                    _fail_on_user_errors(),
+                    fail_on_user_errors(),
                 ]
             },
             "template": {
                 "metadata": {"labels": pod_labels(job, labels), "annotations": pod_annotations(job)},
                 "spec": worker_pod(job, attempt, settings),
             },
-        },
-    }
-
-
-def stage_job(job: FineTuneJob, settings: Settings) -> Manifest:
-    """The Job that downloads or checks the weights, shared by all FineTuneJobs that need the same.
-
-    Apply it under names.stage_manager(job).
-    """
-    labels = names.stage_labels()
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": names.stage_name(job.spec),
-            "namespace": job.namespace,
-            "labels": {**labels, **({names.QUEUE_LABEL: settings.stage_queue} if settings.stage_queue else {})},
-            # No controller: an object has one at most, and this one has many owners.
-            "ownerReferences": [owner(job, controller=False)],
-        },
-        "spec": {
-            "backoffLimit": STAGE_RETRIES,
-            "podReplacementPolicy": "Failed",
-            "podFailurePolicy": {
-                "rules": [
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                    _fail_on_user_errors(),
-                ]
-            },
-            "template": {
-                "metadata": {"labels": {**SIDECAR_OFF, **labels}, "annotations": SIDECAR_OFF},
-                "spec": {
-                    **pod_defaults(settings, job.spec.workers.image_pull_secrets),
-                    **stage_placement(job.spec),
-                    "containers": [_stager(job, settings)],
-                    "volumes": common_volumes(job),
-                },
-            },
-        },
-    }
-
-
-def stage_adoption(job: FineTuneJob) -> Manifest:
-    """An apply that adds this job to the owners of a staging Job that is already there.
-
-    It has no spec: the template of an existing Job cannot change, and a Job that has gone is not created by it.
-    """
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": names.stage_name(job.spec),
-            "namespace": job.namespace,
-            "ownerReferences": [owner(job, controller=False)],
         },
     }
 
@@ -226,39 +172,7 @@ def _owned(job: FineTuneJob, name: str, labels: dict[str, str]) -> Manifest:
     }
 
 
-def _stager(job: FineTuneJob, settings: Settings) -> Manifest:
-    return {
-        **container_defaults(settings),
-        "args": ["stage", "--source", _stage_source(job).model_dump_json(by_alias=True, exclude_defaults=True)],
-        "env": [*scratch_variables(), *_hub_variables(job.spec.model.hugging_face, settings)],
-        "resources": {"requests": STAGE_REQUESTS},
-        "volumeMounts": [
-            {"name": names.MODELS_VOLUME, "mountPath": paths.MODELS_MOUNT},
-            {"name": "scratch", "mountPath": "/tmp"},  # noqa: S108
-        ],
-    }
-
-
-def _stage_source(job: FineTuneJob) -> StageSource:
-    path, hub = names.model_path(job.spec), job.spec.model.hugging_face
-    if hub is None:
-        return StageSource(path=path)
-    return StageSource(path=path, repo=hub.repo, revision=hub.revision, ignore_patterns=hub.ignore_patterns)
-
-
-def _fail_on_user_errors() -> Manifest:
+def fail_on_user_errors() -> Manifest:
+    """A rule of a podFailurePolicy: what the user must change is not tried again."""
     codes = {"containerName": names.CONTAINER, "operator": "In", "values": list(USER_ERRORS)}
     return {"action": "FailJob", "onExitCodes": codes}
-
-
-def _hub_variables(source: HuggingFaceSource | None, settings: Settings) -> list[Manifest]:
-    variables: list[Manifest] = []
-    if source is None:
-        return variables
-    if settings.hub_endpoint:
-        variables.append({"name": "HF_ENDPOINT", "value": settings.hub_endpoint})
-    if source.token_secret_ref:
-        secret = source.token_secret_ref
-        reference = {"secretKeyRef": {"name": secret.name, "key": secret.key}}
-        variables.append({"name": "HF_TOKEN", "valueFrom": reference})
-    return variables

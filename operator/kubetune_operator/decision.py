@@ -1,5 +1,6 @@
 """One reconcile in the making: what was observed, what is decided, and the status that tells it."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
@@ -34,14 +35,21 @@ EVIDENCE_SECONDS: Final = 5.0
 """How long a finished Job may wait for the cache to show its pods' last words."""
 
 
+class StageView(NamedTuple):
+    """A staging Job as the caches know it."""
+
+    job: Manifest
+    pods: Sequence[Manifest] = ()
+    shared: bool = False
+    """Another FineTuneJob that is neither finished nor suspended needs it too."""
+
+
 @dataclass(frozen=True)
 class Observed:
     """What the caches know of one FineTuneJob's children."""
 
-    stage_job: Manifest | None = None
-    stage_shared: bool = False
-    """Another FineTuneJob that is neither finished nor suspended needs the stage Job too."""
-    stage_pods: list[Manifest] = field(default_factory=list)
+    stages: Mapping[str, StageView] = field(default_factory=dict)
+    """The staging Jobs that are there, by name."""
     attempt_jobs: dict[int, Manifest] = field(default_factory=dict)
     """The worker Jobs that this very FineTuneJob owns, by attempt."""
     pods: list[Manifest] = field(default_factory=list)

@@ -1,12 +1,10 @@
 """Names and labels of everything that a FineTuneJob owns. A name that two places need stands here, once."""
 
-import hashlib
-import json
-from typing import Any, Final
+from typing import Final
 
 from kubetune_operator.api import FineTuneJob, FineTuneJobSpec
+from kubetune_operator.contents import Content, digest
 from kubetune_operator.placement import stage_placement
-from kubetune_operator.sources import HuggingFaceSource
 
 FIELD_MANAGER: Final = "kubetune"
 
@@ -81,15 +79,16 @@ def stage_labels() -> dict[str, str]:
     return {**MANAGED_BY, ROLE_LABEL: STAGE}
 
 
-def stage_name(spec: FineTuneJobSpec) -> str:
-    """The staging Job of these weights on this claim. The name is the lock: jobs that need the same share it.
+def stage_name(spec: FineTuneJobSpec, content: Content) -> str:
+    """The staging Job of this content on this job's claim. The name is the lock: jobs that need the same share it.
 
-    The token belongs to the name: who has access does not wait for, or fail with, a job that has not. So does where the
-    pod may run: it does not wait for a node that only another job asks for.
+    The Secret belongs to the name: who has access does not wait for, or fail with, a job that has not. So does where
+    the pod may run: it does not wait for a node that only another job asks for.
     """
     where = [part for part in (stage_placement(spec), spec.workers.image_pull_secrets) if part]
-    parts = [spec.model.to_dict(), spec.storage.models.claim_name, *where]
-    return f"kubetune-stage-{_digest(parts)}"
+    kind = [content.kind] if content.kind != "Model" else []
+    parts = [*kind, content.place.to_dict(), spec.storage.models.claim_name, *where]
+    return f"kubetune-stage-{digest(parts)}"
 
 
 def stage_manager(job: FineTuneJob) -> str:
@@ -97,25 +96,6 @@ def stage_manager(job: FineTuneJob) -> str:
     return f"{FIELD_MANAGER}-{job.uid}"
 
 
-def model_path(spec: FineTuneJobSpec) -> str:
-    """Folder of the base model, relative to the root of the models claim."""
-    if spec.model.hugging_face is not None:
-        return _download_path(spec.model.hugging_face)
-    assert spec.model.volume_path is not None, "ModelSource has exactly one source"
-    return spec.model.volume_path
-
-
 def output_path(job: FineTuneJob) -> str:
     """Folder of this run, relative to the root of the output claim. A new job of the same name gets a new folder."""
     return f"{job.name}-{job.uid[:8]}"
-
-
-def _download_path(source: HuggingFaceSource) -> str:
-    files = source.to_dict()
-    files.pop("tokenSecretRef", None)  # who downloads does not change what is downloaded
-    return f"huggingface/{source.repo.replace('/', '--')}-{_digest(files)}"
-
-
-def _digest(document: Any) -> str:
-    text = json.dumps(document, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:10]

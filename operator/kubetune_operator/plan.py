@@ -6,7 +6,7 @@ Every decision rests on the spec, the status and the children alone, so a restar
 from collections.abc import Iterable
 from datetime import datetime
 
-from kubetune_operator import attempts, cleanup, deadlines, staging
+from kubetune_operator import attempts, cleanup, deadlines, memory, staging
 from kubetune_operator.api import FineTuneJob
 from kubetune_operator.build import run_config
 from kubetune_operator.decision import Decision, Observed, Plan
@@ -46,10 +46,12 @@ def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime
         turn.fail("InvalidConfig", in_one_sentence(refused))
         return turn.plan()
     deadlines.keep_time(turn)
-    if job.status.staged is None:
+    if not staging.is_complete(turn):
         staging.stage(turn)
-    if turn.status.staged is not None:
-        attempts.train(turn, ca_pem)
+    if staging.is_complete(turn):
+        memory.check(turn)
+        if not is_finished(turn.status):
+            attempts.train(turn, ca_pem)
     deadlines.enforce(turn)
     return turn.plan()
 

@@ -5,12 +5,14 @@ What is done follows from what is observed when a worker gets to the key, and fr
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 from kubetune_operator.api import KIND, FineTuneJob, FineTuneJobSpec, FineTuneJobStatus, parse
 from kubetune_operator.cluster import Cluster, stage_group, worker_group
+from kubetune_operator.contents import contents
+from kubetune_operator.decision import StageView
 from kubetune_operator.diagnosis import is_live
 from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError, UnknownFields
 from kubetune_operator.eventbook import EventBook
@@ -109,16 +111,13 @@ class Reconciler:
     def observe(self, job: FineTuneJob) -> Observed:
         """What the caches know of the job's children."""
         jobs, pods = self._cluster.jobs, self._cluster.pods
-        name = stage_name(job.spec)
-        stage, group = jobs.get(job.namespace, name), worker_group(job.namespace, job.name)
+        group = worker_group(job.namespace, job.name)
         owned = {_attempt(child): child for child in jobs.group(group) if _owner_uid(child) == job.uid}
         gone = [child for child in jobs.gone(group) if _owner_uid(child) == job.uid]
         uids = {child["metadata"]["uid"] for child in (*owned.values(), *gone)}
         report = self._progress.shown(job.key, max(1, job.status.attempt), time.monotonic())
         return Observed(
-            stage_job=stage,
-            stage_shared=stage is not None and self._is_shared(stage, job),
-            stage_pods=[pod for pod in pods.group(stage_group(job.namespace, name)) if _belongs(pod, stage)],
+            stages=dict(self._stages(job)),
             attempt_jobs=owned,
             pods=[pod for pod in pods.group(group) if _owner_uid(pod) in uids or is_live(pod)],
             gone_pods=[pod for pod in pods.gone(group) if _owner_uid(pod) in uids],
@@ -128,6 +127,15 @@ class Reconciler:
             refused=self._refusals.get(job.key),
             events=self._events.known(job.key),
         )
+
+    def _stages(self, job: FineTuneJob) -> Iterator[tuple[str, StageView]]:
+        for content in contents(job.spec):
+            name = stage_name(job.spec, content)
+            stage = self._cluster.jobs.get(job.namespace, name)
+            if stage is not None:
+                pods = self._cluster.pods.group(stage_group(job.namespace, name))
+                own = [pod for pod in pods if _belongs(pod, stage)]
+                yield name, StageView(stage, own, self._is_shared(stage, job))
 
     def _is_shared(self, stage: Manifest, job: FineTuneJob) -> bool:
         owners = stage["metadata"].get("ownerReferences") or []

@@ -51,6 +51,9 @@ class Settings(ContractModel):
     Jobs that name no queue."""
     hub_endpoint: str | None = Field(default=None, pattern=r"^https?://")
     """Base URL of the model hub that staging downloads from, in place of the Hugging Face Hub."""
+    staged_trust_seconds: float = Field(default=604800, ge=0)
+    """Age, in seconds, of the last look at every byte of a staged model or dataset after which the next job that needs
+    it has all digests checked again; until then files whose size and time are the same are believed. 0 is always."""
     namespace: str = Field(min_length=1)
     """Namespace in which the operator runs."""
     operator_name: str = Field(default=OPERATOR_NAME, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)

@@ -73,7 +73,7 @@ class SecretName(ContractModel):
 class S3Source(ContractModel):
     """A folder of a bucket that speaks S3."""
 
-    uri: str = Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/?#\s]+)*/?$", max_length=1024)
+    uri: str = Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9](/[^/\r\n]+)*/?$", max_length=1024)
     """What to download, as s3://bucket/prefix: all objects below the prefix, or the one object of that name."""
     endpoint: str | None = Field(default=None, pattern=r"^https?://[A-Za-z0-9.-]+(:[0-9]+)?/?$", max_length=256)
     """Base URL of a service other than Amazon's, such as `https://minio.storage.svc:9000`."""

@@ -1,12 +1,18 @@
-"""The staging phase: one shared Job puts the base model on the models claim, or checks what is there. Pure."""
+"""The staging phase: shared Jobs put model and data on the models claim, or check what is there. Pure.
 
-from typing import Final
+Each content has a Job of its own; they work at the same time. One condition tells how far all of them are.
+"""
 
-from kubetune_contract.staging import StagedModel
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+from kubetune_contract.staging import StagedData, StagedModel
+from kubetune_operator import memory
 from kubetune_operator.api import FineTuneJob
-from kubetune_operator.build import stage_adoption, stage_job
-from kubetune_operator.decision import Decision
+from kubetune_operator.contents import Content, contents
+from kubetune_operator.decision import Decision, StageView
 from kubetune_operator.diagnosis import (
+    Ending,
     Manifest,
     condition,
     ending_by_job,
@@ -16,32 +22,65 @@ from kubetune_operator.diagnosis import (
     is_ready,
     last_word,
 )
+from kubetune_operator.names import stage_name
+from kubetune_operator.obstacles import Obstacle
 from kubetune_operator.queueing import is_held, told
-from kubetune_operator.status import STAGING, readable_bytes
+from kubetune_operator.stagers import stage_adoption, stage_job
+from kubetune_operator.status import STAGING, counted, readable_bytes
 
 STARTING: Final = ": the staging pod is starting"
+_SHORT_COMMIT: Final = 12
+
+
+class Step(NamedTuple):
+    """Where the staging of one content stands."""
+
+    text: str = ""
+    """What is going on, without a full stop."""
+    done: bool = False
+    created: bool = False
+    """Its Job is to be created now."""
+    waits: bool = False
+    """Its pod is not up."""
+    held: bool = False
+    """A queue holds its Job back."""
+    stopping: bool = False
+    """The job is suspended and its pod still runs."""
+    obstacle: Obstacle | None = None
+    why: Ending | None = None
+    """It has failed."""
+
+
+def is_complete(turn: Decision) -> bool:
+    """Whether everything that the job reads is staged."""
+    return all(_is_staged(turn, content) for content in contents(turn.job.spec))
 
 
 def stage(turn: Decision) -> None:
     """Bring the staging one step further."""
-    child = turn.observed.stage_job
-    if child is None:
-        _start(turn)
-    elif is_deleting(child) or (_is_over(child) and not owns(turn.job, child)):
-        _start_over(turn, child)
-    elif condition(child, "Complete") is not None:
-        _complete(turn, child)
-    elif ending_condition(child) is not None:
-        _failed(turn, child)
+    if not turn.job.spec.suspend:
+        turn.withdraw("Suspended", "Resumed", "The job goes on.")
+    everything = contents(turn.job.spec)
+    steps = [_step(turn, content) for content in everything if not _is_staged(turn, content)]
+    failed = [step.why for step in steps if step.why is not None]
+    if failed:
+        why = min(failed, key=lambda ending: ending.cause)
+        turn.condition("Staged", False, why.reason, why.told())
+        turn.fail(why.reason, why.told())
+    elif all(step.done for step in steps):
+        relief = "Normal" if turn.said_otherwise("Staged", STAGING) else None
+        turn.condition("Staged", True, "Staged", _told(turn), event=relief)
+    elif turn.job.spec.suspend:
+        _say_suspended(turn, steps)
     else:
-        _follow(turn, child)
+        _say(turn, [step for step in steps if not step.done], len(everything))
 
 
 def release(turn: Decision) -> None:
-    """Remove a stage Job that is at work for nobody, once this job is over."""
-    child = turn.observed.stage_job
-    if child is not None and owns(turn.job, child) and not _is_over(child) and not turn.observed.stage_shared:
-        turn.delete(child)
+    """Remove the stage Jobs that are at work for nobody, once this job is over."""
+    for view in turn.observed.stages.values():
+        if owns(turn.job, view.job) and not _is_over(view.job) and not view.shared:
+            turn.delete(view.job)
 
 
 def owns(job: FineTuneJob, child: Manifest) -> bool:
@@ -49,100 +88,155 @@ def owns(job: FineTuneJob, child: Manifest) -> bool:
     return any(owner["uid"] == job.uid for owner in child["metadata"].get("ownerReferences") or [])
 
 
+def _is_staged(turn: Decision, content: Content) -> bool:
+    if content.kind == "Model":
+        return turn.status.staged is not None
+    return any(data.path == content.path for data in turn.status.staged_data or ())
+
+
 def _is_over(child: Manifest) -> bool:
     return condition(child, "Complete") is not None or condition(child, "Failed") is not None
 
 
-def _start(turn: Decision) -> None:
+# ---------------------------------------------------------------- one content
+
+
+def _step(turn: Decision, content: Content) -> Step:
+    view = turn.observed.stages.get(stage_name(turn.job.spec, content))
+    if view is None:
+        return _start(turn, content)
+    if is_deleting(view.job) or (_is_over(view.job) and not owns(turn.job, view.job)):
+        return _start_over(turn, content, view.job)
+    if condition(view.job, "Complete") is not None:
+        return _complete(turn, content, view)
+    if ending_condition(view.job) is not None:
+        return _failed(turn, content, view)
+    return _suspend(turn, view) if turn.job.spec.suspend else _follow(turn, content, view)
+
+
+def _start(turn: Decision, content: Content) -> Step:
     if turn.job.spec.suspend:
-        turn.condition("Suspended", True, "Suspended", "Nothing was started yet.", event="Normal")
-        return
-    turn.withdraw("Suspended", "Resumed", "The job goes on.")
-    turn.apply(stage_job(turn.job, turn.settings))
-    turn.waiting_for = "Staged"
-    if turn.observed.conflict is not None:
-        turn.condition("Staged", False, "NameConflict", turn.observed.conflict, event="Warning")
-        turn.look_again(turn.settings.restart_backoff_seconds)
-        return
-    if turn.observed.refused is not None:
-        turn.refused("Staged", turn.observed.refused)
-        return
-    turn.condition("Staged", False, STAGING, f"{_what(turn.job)}{STARTING}.")
+        return Step()
+    turn.apply(stage_job(turn.job, content, turn.settings))
+    return Step(f"{_what(turn.job, content)}{STARTING}", created=True, waits=True)
 
 
-def _start_over(turn: Decision, child: Manifest) -> None:
+def _start_over(turn: Decision, content: Content, child: Manifest) -> Step:
     """A Job that ended before we joined it says nothing about today's volume: remove it, then create it anew."""
     turn.delete(child)
     turn.look_again(1)
-    turn.condition("Staged", False, STAGING, f"{_what(turn.job)}, after an earlier staging is removed.")
+    return Step(f"{_what(turn.job, content)}, after an earlier staging is removed")
 
 
-def _complete(turn: Decision, child: Manifest) -> None:
-    words = (last_word(pod) for pod in turn.observed.stage_pods)
-    staged = next((word.staged for word in words if word is not None and word.staged is not None), None)
-    if staged is not None:
-        turn.withdraw("Suspended", "Resumed", "The job goes on.")
-        turn.set(staged=staged)
-        relief = "Normal" if turn.said_otherwise("Staged", STAGING) else None
-        turn.condition("Staged", True, "Staged", _told(staged, turn), event=relief)
-        return
-    if turn.evidence_due(child.get("status", {}).get("completionTime")):
-        _start_over(turn, child)
+def _complete(turn: Decision, content: Content, view: StageView) -> Step:
+    words = [word for pod in view.pods if (word := last_word(pod)) is not None]
+    if content.kind == "Model":
+        staged = next((word.staged for word in words if word.staged is not None), None)
+        if staged is not None:
+            turn.set(staged=staged)
+            return Step(done=True)
+    else:
+        data = next((word.staged_data for word in words if word.staged_data is not None), None)
+        if data is not None:
+            others = [one for one in turn.status.staged_data or () if one.path != content.path]
+            found = data.model_copy(update={"path": content.path})  # where the run looks for it
+            turn.set(staged_data=sorted([*others, found], key=lambda one: one.path))
+            return Step(done=True)
+    if turn.evidence_due(view.job.get("status", {}).get("completionTime")):
+        return _start_over(turn, content, view.job)
+    return Step(_what(turn.job, content))
 
 
-def _told(staged: StagedModel, turn: Decision) -> str:
-    claim = turn.job.spec.storage.models.claim_name
-    return (
-        f"{staged.architecture} with {staged.parameters:,} parameters ({readable_bytes(staged.bytes)}) "
-        f'is at {staged.path} on claim "{claim}".'
-    )
-
-
-def _failed(turn: Decision, child: Manifest) -> None:
-    pods = turn.observed.stage_pods
+def _failed(turn: Decision, content: Content, view: StageView) -> Step:
+    pods = list(view.pods)
     kept = [pod for pod in pods if condition(pod, "DisruptionTarget") is None]  # the Job retries evicted ones by itself
-    why = turn.ending(child, kept or pods)
+    why = turn.ending(view.job, kept or pods)
     if why is None:
-        if not turn.evidence_due((ending_condition(child) or {}).get("lastTransitionTime")):
-            return
-        why = ending_by_job(child)
-    turn.condition("Staged", False, why.reason, why.told())
-    turn.fail(why.reason, why.told())
+        if not turn.evidence_due((ending_condition(view.job) or {}).get("lastTransitionTime")):
+            return Step(_what(turn.job, content))
+        why = ending_by_job(view.job)
+    return Step(why=why)
 
 
-def _follow(turn: Decision, child: Manifest) -> None:
-    if turn.job.spec.suspend:
-        _suspend(turn, child)
-        return
-    turn.withdraw("Suspended", "Resumed", "The job goes on.")
-    turn.suspend(child, suspended=False)
-    if not owns(turn.job, child):
-        turn.apply(stage_adoption(turn.job))
-    if is_held(child):
-        turn.condition("Staged", False, "WaitingForQuota", f"{_what(turn.job)}: {told(turn, child)}", event="Normal")
-        return
-    problem = turn.obstacle(child, 1, turn.observed.stage_pods)
-    if not any(is_ready(pod) for pod in turn.observed.stage_pods):
+def _follow(turn: Decision, content: Content, view: StageView) -> Step:
+    turn.suspend(view.job, suspended=False)
+    if not owns(turn.job, view.job):
+        turn.apply(stage_adoption(turn.job, content))
+    up, what = any(is_ready(pod) for pod in view.pods), _what(turn.job, content)
+    if is_held(view.job):
+        return Step(f"{what}: {told(turn, view.job).rstrip('.')}", held=True)
+    problem = turn.obstacle(view.job, 1, list(view.pods))
+    return Step(what if up else f"{what}{STARTING}", waits=not up, obstacle=problem)
+
+
+def _suspend(turn: Decision, view: StageView) -> Step:
+    if view.shared:
+        return Step("shared")
+    turn.suspend(view.job, suspended=True)
+    return Step("stopped", stopping=any(is_live(pod) for pod in view.pods))
+
+
+# ---------------------------------------------------------------- all of them
+
+
+def _say(turn: Decision, steps: Sequence[Step], total: int) -> None:
+    if any(step.waits for step in steps):
         turn.waiting_for = "Staged"
+    if turn.observed.conflict is not None and any(step.created for step in steps):
+        turn.condition("Staged", False, "NameConflict", turn.observed.conflict, event="Warning")
+        turn.look_again(turn.settings.restart_backoff_seconds)
+        return
+    if turn.observed.refused is not None and any(step.created for step in steps):
+        turn.refused("Staged", turn.observed.refused)
+        return
+    problem = next((step.obstacle for step in steps if step.obstacle is not None), None)
     if problem is not None:
         turn.blocked("Staged", problem)
-    elif any(is_ready(pod) for pod in turn.observed.stage_pods):
-        turn.condition("Staged", False, STAGING, f"{_what(turn.job)}.")
+        return
+    first, *others = (step.text for step in steps)
+    text = "; ".join([first, *(text[0].lower() + text[1:] for text in others)])
+    there = total - len(steps)
+    text = f"{text}." + (f" {there} of {total} are there." if there else "")
+    if any(step.held for step in steps):
+        turn.condition("Staged", False, "WaitingForQuota", text, event="Normal")
     else:
-        turn.condition("Staged", False, STAGING, f"{_what(turn.job)}{STARTING}.")
+        turn.condition("Staged", False, STAGING, text)
 
 
-def _suspend(turn: Decision, child: Manifest) -> None:
-    if not turn.observed.stage_shared:
-        turn.suspend(child, suspended=True)
-        if any(is_live(pod) for pod in turn.observed.stage_pods):
-            turn.condition("Suspended", False, "Suspending", "The staging pod is stopping.")
-            return
+def _say_suspended(turn: Decision, steps: Sequence[Step]) -> None:
+    if not any(step.text or step.done for step in steps) and turn.status.staged is None:
+        turn.condition("Suspended", True, "Suspended", "Nothing was started yet.", event="Normal")
+        return
+    stopping = sum(step.stopping for step in steps)
+    if stopping:
+        pods = "The staging pod is" if stopping == 1 else f"{counted(stopping, 'staging pod')} are"
+        turn.condition("Suspended", False, "Suspending", f"{pods} stopping.")
+        return
     turn.condition("Suspended", True, "Suspended", "Staging is stopped; it goes on from there.", event="Normal")
 
 
-def _what(job: FineTuneJob) -> str:
-    claim, source = job.spec.storage.models.claim_name, job.spec.model
-    if source.hugging_face is not None:
-        return f'Downloading {source.hugging_face.repo} ({source.hugging_face.revision}) to claim "{claim}"'
-    return f'Checking the model at {source.volume_path} on claim "{claim}"'
+def _what(job: FineTuneJob, content: Content) -> str:
+    claim = job.spec.storage.models.claim_name
+    if content.place.volume_path is not None:
+        return f'Checking the model at {content.place.volume_path} on claim "{claim}"'
+    data = "the data " if content.kind == "Dataset" else ""
+    return f'Downloading {data}{content.what} to claim "{claim}"'
+
+
+def _told(turn: Decision) -> str:
+    claim, model = turn.job.spec.storage.models.claim_name, turn.status.staged
+    assert model is not None, "all contents are staged"
+    text = (
+        f"{model.architecture} with {model.parameters:,} parameters ({_size(model)}) "
+        f'is at {model.path} on claim "{claim}".'
+    )
+    known = {data.path: data for data in turn.status.staged_data or ()}
+    for content in contents(turn.job.spec):
+        if content.kind == "Dataset":
+            text += f" The data {content.what} ({_size(known[content.path])}) are at {content.path}."
+    return text + memory.told(turn)
+
+
+def _size(staged: StagedModel | StagedData) -> str:
+    commit = f", commit {staged.revision[:_SHORT_COMMIT]}" if staged.revision else ""
+    return f"{readable_bytes(staged.bytes)}{commit}"

@@ -1,5 +1,6 @@
 """The gang of workers, as a person writes it."""
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Annotated, ClassVar, Final
 
@@ -25,6 +26,22 @@ Quantity = Annotated[
     Field(json_schema_extra={"x-kubernetes-int-or-string": True}),
 ]
 """An amount, such as 2, 500m or 16Gi."""
+
+_UNITS: Final = {
+    "m": 1e-3,
+    "": 1.0,
+    "k": 1e3,
+    **{unit: 1e3**power for power, unit in enumerate("MGTPE", 2)},
+    **{f"{unit}i": 1024.0**power for power, unit in enumerate("KMGTPE", 1)},
+}
+
+
+def amount(quantity: int | str) -> float:
+    """The number that a quantity stands for."""
+    found = re.fullmatch(r"([0-9.]+)(?:e([0-9]+)|([a-zA-Z]*))", str(quantity))
+    assert found is not None, "Quantity has a pattern"
+    return float(found[1]) * (10.0 ** int(found[2]) if found[2] else _UNITS[found[3]])
+
 
 GPU_RESOURCE: Final = "nvidia.com/gpu"
 OWN_LABELS: Final = (

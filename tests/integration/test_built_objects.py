@@ -4,8 +4,15 @@ import json
 
 import pytest
 
-from kubetune_operator import api, build, names
+from kubetune_operator import api, build, names, stagers
+from kubetune_operator.contents import contents
 from kubetune_operator.settings import Settings
+
+
+def stage_job_of(job, settings):
+    """The staging Job of the model."""
+    return stagers.stage_job(job, contents(job.spec)[0], settings)
+
 
 SETTINGS = Settings(trainer_image="registry.example/trainer:1", namespace="ops")
 HUB = {"volumePath": None, "huggingFace": {"repo": "meta-llama/Llama-3.2-1B", "tokenSecretRef": {"name": "hf"}}}
@@ -42,7 +49,7 @@ def typed(manifest, namespace):
 def test_the_api_server_admits_what_is_built_and_warns_of_nothing(kubectl, typed, case):
     job = typed(**JOBS[case])
     objects = [
-        build.stage_job(job, SETTINGS),
+        stage_job_of(job, SETTINGS),
         build.config_map(job, build.run_config(job), "PEM"),
         build.service(job),
         build.worker_job(job, 1, SETTINGS),
@@ -90,9 +97,9 @@ def idle(document):
 
 def test_owners_of_a_staging_job_add_up_and_it_goes_with_the_last(kubectl, namespace, shared):
     first, second, under = shared
-    assert under(first, idle(build.stage_job(first, SETTINGS))).returncode == 0
-    assert under(second, build.stage_adoption(second)).returncode == 0
-    name = names.stage_name(first.spec)
+    assert under(first, idle(stage_job_of(first, SETTINGS))).returncode == 0
+    assert under(second, stagers.stage_adoption(second, contents(second.spec)[0])).returncode == 0
+    name = names.stage_name(first.spec, contents(first.spec)[0])
     found = json.loads(kubectl("get", "job", name, "--namespace", namespace, "--output=json").stdout)
     assert sorted(owner["name"] for owner in found["metadata"]["ownerReferences"]) == ["first", "second"]
     assert found["spec"]["template"]["spec"]["containers"][0]["image"] == SETTINGS.trainer_image
@@ -105,8 +112,8 @@ def test_owners_of_a_staging_job_add_up_and_it_goes_with_the_last(kubectl, names
 
 def test_an_adoption_does_not_bring_back_a_job_that_is_gone(kubectl, namespace, shared):
     first, _, under = shared
-    answer = under(first, build.stage_adoption(first))
+    answer = under(first, stagers.stage_adoption(first, contents(first.spec)[0]))
     assert answer.returncode == 1
     assert "spec.template" in answer.stderr
-    name = names.stage_name(first.spec)
+    name = names.stage_name(first.spec, contents(first.spec)[0])
     assert kubectl("get", "job", name, "--namespace", namespace).returncode == 1

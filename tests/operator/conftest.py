@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from kubetune_operator import api, build, names
+from kubetune_operator import api, build, names, stagers
+from kubetune_operator.contents import Content, contents
 from kubetune_operator.settings import Settings
 
 Object = dict[str, Any]
@@ -114,10 +115,12 @@ def attempt_job(settings):
 
 @pytest.fixture
 def stage_job(settings):
-    """stage_job(job, conditions, **status): the staging Job as observed."""
+    """stage_job(job, conditions, content, **status): the staging Job of the model, or of that content."""
 
-    def make(job: api.FineTuneJob, conditions: tuple[Object, ...] = (), **status: Any) -> Object:
-        manifest = build.stage_job(job, settings)
+    def make(
+        job: api.FineTuneJob, conditions: tuple[Object, ...] = (), content: Content | None = None, **status: Any
+    ) -> Object:
+        manifest = stagers.stage_job(job, content or contents(job.spec)[0], settings)
         manifest["metadata"] |= {"uid": "stage-uid", "creationTimestamp": "2030-01-01T11:00:00Z"}
         return {**manifest, "status": {"conditions": list(conditions), **status}}
 

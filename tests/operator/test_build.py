@@ -9,8 +9,15 @@ import yaml
 from kubetune_contract.config import AdapterConfig, RunConfig
 from kubetune_contract.exit_codes import RETRYABLE, USER_ERRORS, ExitCode
 from kubetune_contract.staging import StageSource
-from kubetune_operator import build, names
+from kubetune_operator import build, stagers
+from kubetune_operator.contents import contents, folder_of
 from kubetune_operator.errors import InvalidJob
+
+
+def stage_job_of(job, settings):
+    """The staging Job of the model."""
+    return stagers.stage_job(job, contents(job.spec)[0], settings)
+
 
 BELOW_THE_ROOT = "must be a path below the volume's root: without a leading '/' and without '..'"
 HUB = {"volumePath": None, "huggingFace": {"repo": "meta-llama/Llama-3.2-1B"}}
@@ -27,7 +34,7 @@ def test_a_worker_job_reads_like_this(job, settings):
 
 
 def test_a_staging_job_reads_like_this(job, settings):
-    assert build.stage_job(job(), settings) == expected("stage_job")
+    assert stage_job_of(job(), settings) == expected("stage_job")
 
 
 def test_a_service_reads_like_this(job):
@@ -286,35 +293,35 @@ def asked(manifest):
 
 
 def test_weights_on_the_volume_are_only_checked(job, settings):
-    assert asked(build.stage_job(job(), settings)) == StageSource(path="models/llama")
+    assert asked(stage_job_of(job(), settings)) == StageSource(path="models/llama")
 
 
 def test_a_repository_is_downloaded_where_the_run_looks_for_it(job, settings):
     source = {"volumePath": None, "huggingFace": {**HUB["huggingFace"], "revision": "v2", "ignorePatterns": ["*.pth"]}}
     one = job(model=source)
-    found = asked(build.stage_job(one, settings))
+    found = asked(stage_job_of(one, settings))
     assert found == StageSource(
-        path=names.model_path(one.spec), repo="meta-llama/Llama-3.2-1B", revision="v2", ignore_patterns=["*.pth"]
+        path=folder_of(one.spec.model), repo="meta-llama/Llama-3.2-1B", revision="v2", ignore_patterns=["*.pth"]
     )
     assert build.run_config(one).model.path == f"/kubetune/models/{found.path}"
 
 
 def test_the_token_comes_from_the_secret_and_only_into_the_staging_pod(job, settings):
     gated = job(model={**HUB, "huggingFace": {**HUB["huggingFace"], "tokenSecretRef": {"name": "hf", "key": "read"}}})
-    assert variables(build.stage_job(gated, settings))["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "read"}}
+    assert variables(stage_job_of(gated, settings))["HF_TOKEN"] == {"secretKeyRef": {"name": "hf", "key": "read"}}
     assert "HF_TOKEN" not in variables(build.worker_job(gated, 1, settings))
 
 
 def test_a_mirror_of_the_hub_is_used_for_downloads_only(job, settings):
     mirrored = settings.model_copy(update={"hub_endpoint": "https://hub.example"})
-    assert variables(build.stage_job(job(model=HUB), mirrored))["HF_ENDPOINT"] == "https://hub.example"
-    assert "HF_ENDPOINT" not in variables(build.stage_job(job(), mirrored))
+    assert variables(stage_job_of(job(model=HUB), mirrored))["HF_ENDPOINT"] == "https://hub.example"
+    assert "HF_ENDPOINT" not in variables(stage_job_of(job(), mirrored))
 
 
 def test_a_second_owner_adds_itself_and_nothing_else(job, settings):
     second = job("other", metadata={"uid": "ffffffff-0000-4000-8000-000000000002"})
-    adoption = build.stage_adoption(second)
-    assert adoption["metadata"]["name"] == build.stage_job(job(), settings)["metadata"]["name"]
+    adoption = stagers.stage_adoption(second, contents(second.spec)[0])
+    assert adoption["metadata"]["name"] == stage_job_of(job(), settings)["metadata"]["name"]
     assert [(ref["name"], "controller" in ref) for ref in adoption["metadata"]["ownerReferences"]] == [("other", False)]
     assert set(adoption) == {"apiVersion", "kind", "metadata"}
 
@@ -325,7 +332,7 @@ def test_a_second_owner_adds_itself_and_nothing_else(job, settings):
 @pytest.fixture(params=["worker", "stage"])
 def any_job(request, job, settings):
     changed = settings.model_copy(update={"image_pull_policy": "Always", "image_pull_secrets": ["one", "two"]})
-    return build.worker_job(job(), 1, changed) if request.param == "worker" else build.stage_job(job(), changed)
+    return build.worker_job(job(), 1, changed) if request.param == "worker" else stage_job_of(job(), changed)
 
 
 def test_pods_take_image_policy_and_secrets_from_the_settings(any_job):

@@ -3,8 +3,15 @@
 import pytest
 import yaml
 
-from kubetune_operator import build, pods, podspec
+from kubetune_operator import build, pods, podspec, stagers
+from kubetune_operator.contents import contents
 from kubetune_operator.names import QUEUE_LABEL
+
+
+def stage_job_of(job, settings):
+    """The staging Job of the model."""
+    return stagers.stage_job(job, contents(job.spec)[0], settings)
+
 
 WORKERS = {
     "labels of nodes": ("{nodeSelector: {pool: h100}}", "{nodeSelector: {pool: h100}}"),
@@ -257,7 +264,7 @@ def test_the_shape_is_what_the_job_controller_schedules_as_a_gang(worker):
 @pytest.fixture
 def stager(job, settings):
     """stager("{nodeSelector: ...}"): the staging Job with that under spec.workers."""
-    return lambda text="{}": build.stage_job(job(workers=yaml.safe_load(text)), settings)
+    return lambda text="{}": stage_job_of(job(workers=yaml.safe_load(text)), settings)
 
 
 FOLLOWED = {

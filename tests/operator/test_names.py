@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from kubetune_operator import names
 from kubetune_operator.api import FineTuneJobSpec
+from kubetune_operator.contents import contents, folder_of
 from kubetune_operator.sources import HuggingFaceSource, ModelSource, SecretKey
 
 HUB = HuggingFaceSource(repo="meta-llama/Meta-Llama-3-8B")
@@ -55,7 +56,8 @@ def stage(source, claim="models", **workers):
         "storage": {"models": {"claimName": claim}, "output": {"claimName": "tuned"}},
         "workers": workers,
     }
-    return names.stage_name(FineTuneJobSpec.model_validate(spec))
+    read = FineTuneJobSpec.model_validate(spec)
+    return names.stage_name(read, contents(read)[0])
 
 
 SAME = {
@@ -133,19 +135,19 @@ def test_each_owner_of_a_staging_job_is_its_own_field_manager(job):
 
 
 def test_weights_that_are_there_stay_where_they_are(job):
-    assert names.model_path(job().spec) == "models/llama"
+    assert folder_of(job().spec.model) == "models/llama"
 
 
 def test_a_download_has_a_folder_that_says_what_it_is(job):
     spec = job(model={"volumePath": None, "huggingFace": {"repo": "meta-llama/Llama-3.2-1B"}}).spec
-    assert re.fullmatch(r"huggingface/meta-llama--Llama-3.2-1B-[0-9a-f]{10}", names.model_path(spec))
+    assert re.fullmatch(r"huggingface/meta-llama--Llama-3.2-1B-[0-9a-f]{10}", folder_of(spec.model))
 
 
 def test_who_downloads_does_not_change_the_folder(job):
     source = {"repo": "meta-llama/Llama-3.2-1B"}
     plain = job(model={"volumePath": None, "huggingFace": source})
     token = job(model={"volumePath": None, "huggingFace": source | {"tokenSecretRef": {"name": "hf"}}})
-    assert names.model_path(plain.spec) == names.model_path(token.spec)
+    assert folder_of(plain.spec.model) == folder_of(token.spec.model)
 
 
 @pytest.mark.parametrize("change", [{"revision": "v2"}, {"ignorePatterns": ["*.bin"]}, {"repo": "meta-llama/other"}])
@@ -153,7 +155,7 @@ def test_other_files_have_another_folder(job, change):
     source = {"repo": "meta-llama/Llama-3.2-1B"}
     one = job(model={"volumePath": None, "huggingFace": source})
     other = job(model={"volumePath": None, "huggingFace": source | change})
-    assert names.model_path(one.spec) != names.model_path(other.spec)
+    assert folder_of(one.spec.model) != folder_of(other.spec.model)
 
 
 def test_a_new_job_of_the_same_name_writes_into_a_new_folder(job):

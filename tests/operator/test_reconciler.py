@@ -362,14 +362,20 @@ async def test_the_last_sight_of_a_pod_counts_if_its_job_was_ours(stage, body, j
     assert len(stage.reconciler.observe(job()).gone_pods) == 1, "also when the Job is gone"
 
 
+def view(stage, job):
+    """The one staging Job as the planner sees it."""
+    (found,) = stage.reconciler.observe(job()).stages.values()
+    return found
+
+
 async def test_a_staging_job_is_shared_while_another_job_waits_for_it(stage, body, job, stage_job):
     stage = await stage(body())
     staging = stage_job(job())
     staging["metadata"]["ownerReferences"].append({"kind": "FineTuneJob", "name": "other", "uid": "other-uid"})
     stage.add(stage.cluster.jobs, staging)
-    assert not stage.reconciler.observe(job()).stage_shared
+    assert not view(stage, job).shared
     stage.store.offer(body("other", metadata={"uid": "other-uid"}))
-    assert stage.reconciler.observe(job()).stage_shared
+    assert view(stage, job).shared
 
 
 async def test_pods_of_an_earlier_staging_job_of_the_name_tell_nothing(stage, body, job, stage_job, pod):
@@ -378,7 +384,7 @@ async def test_pods_of_an_earlier_staging_job_of_the_name_tell_nothing(stage, bo
     earlier["metadata"]["uid"] = "earlier"
     stage.add(stage.cluster.pods, pod(earlier))
     stage.add(stage.cluster.jobs, stage_job(job()))
-    assert stage.reconciler.observe(job()).stage_pods == []
+    assert view(stage, job).pods == []
 
 
 # ---------------------------------------------------------------- what is refused

@@ -17,6 +17,8 @@ _SMALLER: Final[Mapping[Method, Method]] = {"Full": "LoRA", "LoRA": "QLoRA", "Do
 _PROCESSES: Final = (2, 4, 8, 16, 32, 64)
 _MOST_CHANGES: Final = 4
 """In one remedy."""
+MARGIN: Final = 0.05
+"""Share by which the closed form may be wrong: its test against traces allows so much."""
 NO_REMEDY: Final = "no settings are enough: use larger devices, or a smaller model"
 
 

@@ -5,12 +5,20 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from kubetune_operator import build, names
+from kubetune_operator import build, names, stagers
 from kubetune_operator.cluster import group_of, stage_group, worker_group
 from kubetune_operator.connection import path_of
+from kubetune_operator.contents import contents
 from kubetune_operator.errors import ApiError, NameTaken
 
 Object = dict[str, Any]
+
+
+def stage_job_of(job, settings):
+    """The staging Job of the model."""
+    return stagers.stage_job(job, contents(job.spec)[0], settings)
+
+
 JOBS = "/apis/batch/v1/namespaces/team/jobs"
 
 
@@ -166,7 +174,7 @@ async def test_what_was_applied_is_forgotten_with_its_job(cluster, server, job):
 
 
 async def test_a_shared_child_is_created_under_a_manager_of_its_own(cluster, server, job, settings):
-    manifest = build.stage_job(job(), settings)
+    manifest = stage_job_of(job(), settings)
     await cluster.share(manifest, names.stage_manager(job()))
     assert server.requests == [("POST", JOBS)]
     assert server.queries == [{"fieldManager": f"kubetune-{job().uid}"}]
@@ -176,7 +184,7 @@ async def test_a_shared_child_is_created_under_a_manager_of_its_own(cluster, ser
 async def test_a_shared_child_that_another_job_has_just_created_is_joined_and_not_changed(
     cluster, server, job, settings
 ):
-    manifest = build.stage_job(job(), settings)
+    manifest = stage_job_of(job(), settings)
     server.put(f"{JOBS}/{manifest['metadata']['name']}", {**manifest, "spec": {"as": "before"}})
     await cluster.share(manifest, names.stage_manager(job()))
     assert [method for method, _ in server.requests] == ["POST", "GET", "PATCH"]
@@ -186,7 +194,7 @@ async def test_a_shared_child_that_another_job_has_just_created_is_joined_and_no
 
 
 async def test_a_shared_child_s_name_that_belongs_to_somebody_else_is_not_taken_over(cluster, server, job, settings):
-    manifest = build.stage_job(job(), settings)
+    manifest = stage_job_of(job(), settings)
     name = manifest["metadata"]["name"]
     theirs = server.put(f"{JOBS}/{name}", {"metadata": {"name": name, "namespace": "team"}, "spec": {"theirs": True}})
     with pytest.raises(NameTaken, match=f'Job "{name}" exists in namespace team and was not made by Kubetune'):
@@ -197,12 +205,12 @@ async def test_a_shared_child_s_name_that_belongs_to_somebody_else_is_not_taken_
 async def test_a_shared_child_that_vanishes_while_it_is_looked_at_is_tried_again(cluster, server, job, settings):
     server.answers = [refused(409, "already exists"), refused(404, "not found")]
     with pytest.raises(ApiError, match=r"409: Job kubetune-stage-.* was deleted"):
-        await cluster.share(build.stage_job(job(), settings), names.stage_manager(job()))
+        await cluster.share(stage_job_of(job(), settings), names.stage_manager(job()))
 
 
 async def test_joining_alone_is_one_apply(cluster, server, job, settings):
-    server.put(f"{JOBS}/{build.stage_job(job(), settings)['metadata']['name']}", build.stage_job(job(), settings))
-    await cluster.share(build.stage_adoption(job()), names.stage_manager(job()))
+    server.put(f"{JOBS}/{stage_job_of(job(), settings)['metadata']['name']}", stage_job_of(job(), settings))
+    await cluster.share(stagers.stage_adoption(job(), contents(job().spec)[0]), names.stage_manager(job()))
     assert [method for method, _ in server.requests] == ["PATCH"]
 
 

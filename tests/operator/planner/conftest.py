@@ -9,6 +9,8 @@ import pytest
 
 from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
+from kubetune_operator.contents import contents
+from kubetune_operator.decision import StageView
 from kubetune_operator.plan import Observed, Plan, plan
 
 Object = dict[str, Any]
@@ -56,6 +58,7 @@ class World:
         self.stage: Object | None = None
         self.stage_pods: list[Object] = []
         self.stage_shared = False
+        self.data_stages: list[StageView] = []
         self.jobs: dict[int, Object] = {}
         self.pods: list[Object] = []
         self.gone: list[Object] = []
@@ -108,6 +111,16 @@ class World:
         self.stage = self.make.stage_job(self.job, conditions, **status)
         if not owned:
             self.stage["metadata"]["ownerReferences"][0] |= {"uid": "another", "name": "other"}
+        return self
+
+    def data_staging(self, index: int, *conditions: Object, word: str | None = None, **pod: Any) -> Self:
+        """The staging Job of the job's dataset number `index` and its pod; `word`: the pod has ended with it."""
+        content = contents(self.job.spec)[1 + index]
+        stage = self.make.stage_job(self.job, conditions, content=content)
+        stage["metadata"]["uid"] = f"data-stage-{index}"
+        if word is not None:
+            pod |= {"phase": "Succeeded", "state": self.make.terminated(0, message=word)}
+        self.data_stages.append(StageView(stage, [self.make.pod(stage, 0, **pod)]))
         return self
 
     def stage_pod(self, phase: str = "Running", ready: bool = False, **more: Any) -> Self:
@@ -196,9 +209,7 @@ class World:
     def observed(self) -> Observed:
         """What the caches would show."""
         return Observed(
-            stage_job=self.stage,
-            stage_shared=self.stage_shared,
-            stage_pods=self.stage_pods,
+            stages=self.stages,
             attempt_jobs=self.jobs,
             pods=self.pods,
             gone_pods=self.gone,
@@ -207,6 +218,12 @@ class World:
             conflict=self.conflict,
             events=self.events,
         )
+
+    @property
+    def stages(self) -> dict[str, StageView]:
+        """The staging Jobs."""
+        model = [] if self.stage is None else [StageView(self.stage, self.stage_pods, self.stage_shared)]
+        return {view.job["metadata"]["name"]: view for view in (*model, *self.data_stages)}
 
     def plan(self) -> Plan:
         """What the planner decides."""

@@ -8,6 +8,7 @@ import pytest
 
 from kubetune_contract.progress import ProgressReport, TerminationMessage
 from kubetune_operator import api
+from kubetune_operator.decision import StageView
 from kubetune_operator.diagnosis import condition, ending_condition, is_live
 from kubetune_operator.plan import Observed, plan
 from kubetune_operator.settings import Settings
@@ -214,9 +215,9 @@ class Operator:
         stage = next((job for name, job in self.jobs.items() if roles[name] == "stage"), None)
         workers = [job for name, job in self.jobs.items() if roles[name] == "worker"]
         pods = list(self.pods.values())
+        stage_pods = [pod for pod in pods if pod["metadata"]["labels"]["kubetune.io/role"] == "stage"]
         return Observed(
-            stage_job=stage,
-            stage_pods=[pod for pod in pods if pod["metadata"]["labels"]["kubetune.io/role"] == "stage"],
+            stages={} if stage is None else {stage["metadata"]["name"]: StageView(stage, stage_pods)},
             attempt_jobs={int(job["metadata"]["labels"]["kubetune.io/attempt"]): job for job in workers},
             pods=[pod for pod in pods if pod["metadata"]["labels"]["kubetune.io/role"] == "worker"],
             progress=report,

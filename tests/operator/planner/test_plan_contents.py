@@ -46,9 +46,9 @@ def test_model_and_data_are_staged_at_the_same_time(world, told):
     assert told(decided, "Staged") == (
         "False",
         "Staging",
-        'Checking the model at models/llama on claim "models"; '
-        'downloading the data acme/chats (v2) to claim "models"; '
-        'downloading the data s3://acme/more/chats to claim "models".',
+        'Checking the model at models/llama on claim "models": the staging pod is starting; '
+        'downloading the data acme/chats (v2) to claim "models": the staging pod is starting; '
+        'downloading the data s3://acme/more/chats to claim "models": the staging pod is starting.',
     )
 
 

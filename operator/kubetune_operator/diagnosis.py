@@ -9,6 +9,8 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
 
+from kubetune_contract.config import RunConfig
+from kubetune_contract.errors import as_in_manifests
 from kubetune_contract.exit_codes import USER_ERRORS, ExitCode, reason_of
 from kubetune_contract.progress import TerminationMessage
 from kubetune_operator.names import CONTAINER
@@ -150,12 +152,13 @@ def _ended(pod: Manifest) -> tuple[str, Manifest | None]:
 
 
 def last_word(pod: Manifest) -> TerminationMessage | None:
-    """What our program left as its termination message; None if it is a log tail or nothing."""
+    """What our program left as its termination message, with fields spelt as in the manifest; None if it left none."""
     state = ended_container(pod)
     try:
-        return TerminationMessage.model_validate_json((state or {}).get("message") or "")
+        word = TerminationMessage.model_validate_json((state or {}).get("message") or "")
     except ValidationError:
         return None
+    return word.model_copy(update={"message": as_in_manifests(word.message, RunConfig)})
 
 
 def ending(job: Manifest, pods: Iterable[Manifest], events: Events | None = None) -> Ending | None:

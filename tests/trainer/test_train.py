@@ -369,7 +369,7 @@ def test_alone_an_error_is_told_as_it_is(alone: World) -> None:
 
 
 def test_the_trainer_needs_no_model_library_and_starts_lean() -> None:
-    """transformers and peft are the tests' peers; matplotlib, the hub's client and sharding wait until they are used."""
+    """transformers and peft are the tests' peers; matplotlib, the hub's client and sharding wait for their use."""
     unwanted = (
         "transformers",
         "peft",

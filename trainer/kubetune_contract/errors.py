@@ -15,6 +15,8 @@ from kubetune_contract.exit_codes import ExitCode, JobError
 
 _CAMEL = re.compile(r"\b[a-z]+(?:[A-Z][a-z0-9]*)+\b")
 """A field in the text of a rule that is spelt otherwise in files."""
+_FIELD: Final = re.compile(r"(?<![\w/.-])[a-z_]+(?:\.[a-z0-9_]+)+(?![\w/])")
+"""What may be a field of a file, with the sections that it is in."""
 _WORD: Final = re.compile(r"[A-Za-z0-9]+")
 _ROUNDS: Final = 8
 """How often defaults are put in for what is wrong: more than configurations are deep."""
@@ -115,6 +117,19 @@ def _about_rule(names: list[str], message: str, spell: Callable[[str], str]) -> 
 def in_words_of(message: str, spell: Callable[[str], str]) -> str:
     """A rule's message with its fields spelt as the reader spells them."""
     return _CAMEL.sub(lambda word: spell(word[0]), message)
+
+
+def as_in_manifests(text: str, model: type[BaseModel]) -> str:
+    """The text with `model`'s fields spelt as in a manifest: dataset.train_on becomes dataset.trainOn."""
+
+    def respell(found: re.Match[str]) -> str:
+        *above, name = found[0].split(".")
+        owner = _model_at(above, model)
+        if owner is None or name not in owner.model_fields:
+            return found[0]
+        return _path([*above, "volume_path" if name == "path" else name], to_camel)
+
+    return _FIELD.sub(respell, text)
 
 
 def _path(names: list[str], spell: Callable[[str], str]) -> str:

@@ -22,6 +22,7 @@ USER = {
     "OUTPUT_NOT_WRITABLE",
     "SOURCE_DENIED",
     "NON_FINITE_LOSS",
+    "OUT_OF_MEMORY",
     "STORAGE_FULL",
 }
 RETRY = {"SAVED", "PEER_LOST", "SOURCE_UNAVAILABLE"}
@@ -84,11 +85,22 @@ def test_a_short_message_is_left_alone() -> None:
     assert message.fitted() is message
 
 
-@given(st.text(max_size=6000))
-def test_a_message_always_fits_the_kubelet(text: str) -> None:
+def test_a_log_gives_way_to_the_message_and_keeps_its_end() -> None:
+    log = "\n".join(f"line {number}" for number in range(1000))
+    fitted = TerminationMessage(reason="Crash", message="boom", log=log).fitted()
+    assert fitted.message == "boom"
+    assert fitted.log is not None
+    assert log.endswith("\n" + fitted.log)
+    assert len(fitted.log) > 2000
+    assert TerminationMessage(reason="Crash", message="x" * 5000, log=log).fitted().log is None
+
+
+@given(st.text(max_size=6000), st.none() | st.text(max_size=6000))
+def test_a_message_always_fits_the_kubelet(text: str, log: str | None) -> None:
     message = TerminationMessage(
         reason="InvalidModel",
         message=text,
+        log=log,
         staged=StagedModel(path="p" * 200, architecture="LlamaForCausalLM", parameters=1, bytes=1),
         result=Result(adapter_path="adapter", steps=1, tokens=2),
     )

@@ -255,11 +255,12 @@ CASES = [
         LIMIT,
     ),
     Case(
-        "a watchdog that aborted a process",
+        "a watchdog that aborted a process (torch, ProcessGroupNCCL)",
         {"phase": "Failed", **terminated(134, message="terminate called after throwing 'c10::DistBackendError'")},
-        Cause.CRASH,
+        Cause.LEFT,
         "Crash",
-        "Worker 1 ended with exit code 134 (SIGABRT).\nLast lines of its log:\nterminate called",
+        "Worker 1 ended with exit code 134 (SIGABRT: on GPUs it is NCCL's watchdog that aborts a process whose peer is "
+        "gone or silent).\nLast lines of its log:\nterminate called",
     ),
     Case(
         "our own word with the end of the traceback",
@@ -273,6 +274,20 @@ CASES = [
         Cause.CRASH,
         "Crash",
         'Worker 1 ended with exit code 1: KeyError: 1.\nLast lines of its log:\nFile "loop.py", line 3\nKeyError: 1',
+    ),
+    Case(
+        "a device whose memory was too small after all (torch, CUDACachingAllocator)",
+        {
+            "phase": "Failed",
+            **terminated(
+                72,
+                message='{"reason":"OutOfMemory","message":"the device\'s memory is too small: CUDA out of memory. '
+                'Tried to allocate 2.00 GiB: set training.activation_checkpointing to Full, or use 2 processes"}',
+            ),
+        },
+        Cause.USER_ERROR,
+        "OutOfMemory",
+        "Tried to allocate 2.00 GiB: set training.activationCheckpointing to Full, or use 2 processes.",
     ),
     Case(
         "an init container that another program has put in",

@@ -353,8 +353,10 @@ def test_what_the_user_can_change_about_the_disk_is_a_user_error(case: str) -> N
     found = as_output_error(OSError(number, "the reason", "/out/file"), Path("/out"))
     assert (found is not None) == theirs
     if found:
-        assert found.exit_code == ExitCode.OUTPUT_NOT_WRITABLE
-        assert str(found) == "/out/file cannot be written: the reason; give output_dir a folder with rights and space"
+        full = number in (errno.ENOSPC, errno.EDQUOT)
+        assert found.exit_code == (ExitCode.STORAGE_FULL if full else ExitCode.OUTPUT_NOT_WRITABLE)
+        assert str(found).startswith("/out/file cannot be written: the reason; ")
+        assert ("checkpoint.keep" in str(found)) == full
 
 
 def test_other_errors_are_not_the_disks() -> None:

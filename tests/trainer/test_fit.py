@@ -12,7 +12,7 @@ import torch
 
 from kubetune_contract.estimate import GIB, estimate
 from kubetune_contract.exit_codes import ExitCode
-from kubetune_contract.fit import DoesNotFitError, check_memory, remedies
+from kubetune_contract.fit import DoesNotFitError, check_memory, relief, remedies
 from kubetune_trainer import train
 from kubetune_trainer.cli import main
 from kubetune_trainer.distributed import World
@@ -134,3 +134,22 @@ def test_tune_estimate_says_what_it_needs_of_an_unknown_model(capsys, tmp_path):
     config.write_text("model: {path: /nowhere}\ndataset: {path: d}\noutput_dir: o\n")
     assert main(["estimate", "--config", str(config)]) == ExitCode.INVALID_CONFIG
     assert "give --model-config FILE" in capsys.readouterr().err
+
+
+RELIEF: dict[str, tuple[dict[str, Any], str]] = {
+    "LoRA": (
+        {},
+        "set training.activation_checkpointing to Full, or set method to QLoRA, or set training.batch_size to 1 and "
+        "training.gradient_accumulation_steps to 16",
+    ),
+    "4 bits with everything recomputed": (
+        FULL | {"method": "QLoRA", "batch_size": 8},
+        "set training.batch_size to 1 and training.gradient_accumulation_steps to 64, or use 2 processes, or set "
+        "dataset.max_sequence_length to 1024",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "told"), RELIEF.values(), ids=RELIEF)
+def test_a_run_that_met_the_limit_is_told_three_ways_out(changes, told):
+    assert relief(settings(**changes), 1) == told

@@ -316,26 +316,47 @@ FAILURES: dict[str, tuple[Exception, int, str]] = {
     "an error of ours": (DataError("line 3"), 65, "line 3"),
     "a full disk": (
         OSError(errno.ENOSPC, "No space left on device", "/out/x"),
-        68,
-        "/out/x cannot be written: No space",
+        71,
+        "/out/x cannot be written: No space left on device; free some space",
     ),
     "a peer that is gone": (
         RuntimeError("[gloo] Connection closed by peer [10.0.0.1]:29500"),
         81,
-        "another worker is gone: [gloo] Connection closed by peer",
+        "another worker is gone, its own log says why: [gloo] Connection closed by peer",
     ),
-    "too little device memory": (torch.OutOfMemoryError("tried to allocate 2 GiB"), 67, "Lower training.batch_size or"),
+    "a peer that NCCL has lost": (
+        RuntimeError("ncclRemoteError: A call failed possibly due to a network error or a remote process exiting"),
+        81,
+        "another worker is gone",
+    ),
+    "a folder that may not be written": (
+        OSError(errno.EROFS, "Read-only file system", "/out/x"),
+        68,
+        "/out/x cannot be written: Read-only file system",
+    ),
+    "too little device memory": (
+        torch.OutOfMemoryError("tried to allocate 2 GiB. If reserved but unallocated memory is large"),
+        72,
+        "the device's memory is too small: tried to allocate 2 GiB: set training.activation_checkpointing to Full, or ",
+    ),
+    "too little memory for a library": (RuntimeError("CUDA error: out of memory"), 72, "out of memory: set training."),
+    "too little host memory": (MemoryError(), 72, "the device's memory is too small: MemoryError: set training."),
     "a bug": (KeyError("x"), 1, "KeyError: 'x'"),
 }
 
 
 @pytest.mark.parametrize("case", FAILURES)
 def test_any_error_becomes_a_code_and_a_sentence(
-    case: str, last_word: Callable[[], TerminationMessage], capsys: pytest.CaptureFixture[str]
+    case: str,
+    training_run: RunConfig,
+    last_word: Callable[[], TerminationMessage],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     error, code, words = FAILURES[case]
-    assert train._tell_failure(error, Path("/out")) == code
+    assert train._tell_failure(error, training_run) == code
     assert words in last_word().message
+    assert last_word().reason == ExitCode(code).reason
+    assert (last_word().log is not None) == (code == 1)
     assert ("Traceback" in capsys.readouterr().err or code == 1) == (code == 1)
 
 

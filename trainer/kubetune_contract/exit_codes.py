@@ -24,6 +24,7 @@ class ExitCode(IntEnum):
     SOURCE_DENIED = 69
     NON_FINITE_LOSS = 70
     STORAGE_FULL = 71
+    OUT_OF_MEMORY = 72
     SAVED = 80
     PEER_LOST = 81
     SOURCE_UNAVAILABLE = 82

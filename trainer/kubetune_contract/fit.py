@@ -23,9 +23,15 @@ NO_REMEDY: Final = "no settings are enough: use larger devices, or a smaller mod
 
 
 class DoesNotFitError(JobError):
-    """The device's memory is too small for these settings."""
+    """The device's memory is too small for these settings, as the estimate says before the first step."""
 
     exit_code = ExitCode.DOES_NOT_FIT
+
+
+class NoMemoryError(JobError):
+    """The device's memory was too small after all."""
+
+    exit_code = ExitCode.OUT_OF_MEMORY
 
 
 class _Change(NamedTuple):
@@ -62,6 +68,16 @@ def check_memory(
         f"a step needs {needed.needed / GIB:.1f} GiB of memory on each device, but the device has {memory / GIB:.1f}: "
         + (", or ".join(ways) or NO_REMEDY)
     )
+
+
+def relief(config: RunConfig, processes: int, count: int = 3) -> str:
+    """The simplest changes that need less memory than these settings, for a run that has just met the limit."""
+    kinds: dict[str, str] = {}
+    for change in _changes(config, processes, _processes):
+        if _changed(config, (change,)) is not None:
+            kinds.setdefault(change.kind, change.text)
+    ways = list(kinds.values())[:count]
+    return in_words_of(", or ".join(ways), snake) if ways else NO_REMEDY
 
 
 def remedies(

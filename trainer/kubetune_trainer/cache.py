@@ -1,5 +1,6 @@
 """Where tokenized documents are kept: a folder for each content, complete or absent, made by one process at a time."""
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,12 @@ class CacheError(JobError):
     """The folder of tokenized data cannot be written."""
 
     exit_code = ExitCode.OUTPUT_NOT_WRITABLE
+
+
+class CacheFullError(CacheError):
+    """The volume of the tokenized data has no space left."""
+
+    exit_code = ExitCode.STORAGE_FULL
 
 
 def cache_folder(output: Path) -> Path:
@@ -98,7 +105,8 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CacheError(
+        kind = CacheFullError if error.errno in (errno.ENOSPC, errno.EDQUOT) else CacheError
+        raise kind(
             f"{error.filename or folder.parent} cannot be written: {error.strerror}; tokenized data need 5 bytes a "
             f"token: set {CACHE_ENV} to a folder with rights and space"
         ) from error

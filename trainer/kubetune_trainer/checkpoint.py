@@ -40,6 +40,12 @@ class OutputError(JobError):
     exit_code = ExitCode.OUTPUT_NOT_WRITABLE
 
 
+class OutputFullError(OutputError):
+    """The volume of the output folder has no space left."""
+
+    exit_code = ExitCode.STORAGE_FULL
+
+
 class WorldSizeError(JobError):
     """The optimizer's state fits only the number of processes that has saved it."""
 
@@ -51,6 +57,11 @@ def as_output_error(error: BaseException, folder: Path) -> OutputError | None:
     if not (isinstance(error, OSError) and error.errno in _NOT_WRITABLE):
         return None
     where = error.filename or folder
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputFullError(
+            f"{where} cannot be written: {error.strerror}; free some space on that volume or enlarge it, or lower "
+            "checkpoint.keep. The checkpoints that are there are whole"
+        )
     return OutputError(f"{where} cannot be written: {error.strerror}; give output_dir a folder with rights and space")
 
 

@@ -169,7 +169,8 @@ _LOST_WORDS: Final = (
     "timed out waiting",
     "socket timeout",
     "client socket has timed out",
-    "remote process exited",
+    "remote process exit",
+    "ncclremoteerror",
     "nccl communicator was aborted",
 )
 

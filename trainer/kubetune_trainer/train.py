@@ -14,7 +14,7 @@ import yaml
 from kubetune_contract.config import RunConfig
 from kubetune_contract.dataset import DatasetConfig, MixedDataset
 from kubetune_contract.exit_codes import ExitCode, JobError
-from kubetune_contract.fit import DoesNotFitError, check_memory
+from kubetune_contract.fit import NoMemoryError, check_memory, relief
 from kubetune_contract.paths import (
     ADAPTER_DIR,
     CONFIG_FILE,
@@ -50,6 +50,9 @@ from kubetune_trainer.tokenizer import Tokenizer
 
 _PRECISIONS: Final = {torch.bfloat16: "BF16", torch.float32: "FP32"}
 
+_NO_MEMORY: Final = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")
+_LOG_LINES: Final = 12
+"""Last lines of a traceback that the operator is told."""
 _MAY_CHANGE: Final = frozenset({"activation_checkpointing", "compile", "cpu_offload", "sharding"})
 """Fields of training that trade memory for time: a later attempt may set them otherwise."""
 
@@ -71,7 +74,7 @@ def main(config: RunConfig) -> int:
         result = run(config, world, stop)
         distributed.stop()
     except Exception as error:  # noqa: BLE001 - whatever it is, the container must say it
-        return _tell_failure(error, Path(config.output_dir))
+        return _tell_failure(error, config)
     if world.is_main:
         write_termination(TerminationMessage(reason=ExitCode.DONE.reason, message=_story(result), result=result))
     return ExitCode.DONE
@@ -361,29 +364,45 @@ def _story(result: Result) -> str:
     return f"trained {result.steps} steps{loss}; results: {', '.join(paths)}"
 
 
-def _tell_failure(error: Exception, folder: Path) -> int:
+def _tell_failure(error: Exception, config: RunConfig) -> int:
     """To people on stderr, to the operator in the termination message. Returns the exit code."""
-    known = _as_job_error(error, folder)
+    known, log = _as_job_error(error, config), None
     rank = os.environ.get("RANK", "0")
     if known.exit_code == ExitCode.CRASH:
         traceback.print_exception(error)
+        log = _last_lines(error)
     if rank == "0" or not isinstance(known, SharedError | SavedError):
         print(f"error: {known}" if rank == "0" else f"error on rank {rank}: {known}", file=sys.stderr, flush=True)
     checkpoint = known.status if isinstance(known, SavedError) else None
-    write_termination(TerminationMessage(reason=known.exit_code.reason, message=str(known), checkpoint=checkpoint))
+    word = TerminationMessage(reason=known.exit_code.reason, message=str(known), log=log, checkpoint=checkpoint)
+    write_termination(word)
     return known.exit_code
 
 
-def _as_job_error(error: Exception, folder: Path) -> JobError:
+def _last_lines(error: Exception) -> str:
+    """Where it happened: the end of the traceback."""
+    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+    return "\n".join(lines[-_LOG_LINES:])
+
+
+def _as_job_error(error: Exception, config: RunConfig) -> JobError:
     if isinstance(error, JobError):
         return error
-    if (refused := as_output_error(error, folder)) is not None:
+    if (refused := as_output_error(error, Path(config.output_dir))) is not None:
         return refused
     if distributed.is_peer_lost(error):
-        return distributed.PeerLostError(f"another worker is gone: {error}")
-    if isinstance(error, torch.OutOfMemoryError):
-        return DoesNotFitError(
-            f"the device's memory is too small: {error}. Lower training.batch_size or dataset.max_sequence_length, set "
-            "training.activation_checkpointing to Full, or use more processes"
+        return distributed.PeerLostError(f"another worker is gone, its own log says why: {error}")
+    if _is_out_of_memory(error):
+        told = str(error).partition(" If reserved but unallocated")[0].rstrip(". ")
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        return NoMemoryError(
+            f"the device's memory is too small: {told or type(error).__name__}: {relief(config, processes)}"
         )
     return JobError(f"{type(error).__name__}: {error}")
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of a device or of the host. Only torch's allocator has a class of its own for it."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

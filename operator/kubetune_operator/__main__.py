@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from contextlib import AsyncExitStack
 from typing import Any
 
@@ -14,6 +14,7 @@ import kopf
 
 from kubetune_contract.progress import ProgressReport
 from kubetune_operator.cluster import Cluster
+from kubetune_operator.errors import OperatorError
 from kubetune_operator.handlers import kopf_settings, registry_for, resync, work
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import (
@@ -27,6 +28,7 @@ from kubetune_operator.progress import (
 from kubetune_operator.reconciler import Reconciler, keys_of_child
 from kubetune_operator.settings import Settings, SettingsError
 from kubetune_operator.store import Manifest, Store
+from kubetune_operator.tokens import PodIdentity, TokenVerifier
 from kubetune_operator.workqueue import WorkQueue
 
 log = logging.getLogger("kubetune_operator")
@@ -103,10 +105,26 @@ class Operator:
             return
         context = server_context(certificate, key)
         assert self.cluster is not None
-        server = ProgressServer(self.cluster.review_token, self.cluster.pods.get, self.take_report)
+        authenticate = await self._authenticator(self.cluster)
+        server = ProgressServer(authenticate, self.cluster.pods.get, self.take_report)
         endpoint = await serve(server.app(), self.settings.progress_port, context)
         stack.push_async_callback(endpoint.cleanup)
         self._start(stack, keep_certificate_fresh(context, certificate, key))
+
+    async def _authenticator(self, cluster: Cluster) -> Callable[[str], Awaitable[PodIdentity | None]]:
+        if self.settings.progress_auth == "TokenReview":
+            return cluster.review_token
+        verifier = TokenVerifier(cluster.connection)
+        try:
+            await verifier.refresh()
+        except OperatorError as error:
+            log.error(
+                "training runs without progress reports, whose tokens cannot be checked yet: %s. "
+                "Every service account may read the cluster's keys by default: see that ClusterRole "
+                "system:service-account-issuer-discovery is bound to system:serviceaccounts",
+                error,
+            )
+        return verifier.identify
 
     def _start(self, stack: AsyncExitStack, job: Coroutine[Any, Any, None]) -> None:
         """Run in the background until the stack unwinds. A part that breaks ends the process."""

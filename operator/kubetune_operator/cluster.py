@@ -16,6 +16,7 @@ from kubetune_operator.connection import MERGE, Connection, Manifest, path_of
 from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, ROLE_LABEL, STAGE
+from kubetune_operator.tokens import PodIdentity
 from kubetune_operator.watch import ObjectCache
 
 WATCH_SECONDS: Final = 300
@@ -30,14 +31,6 @@ class _Applied(NamedTuple):
     digest: str
     time: float
     """When it was last seen to be there, as time.monotonic()."""
-
-
-class PodIdentity(NamedTuple):
-    """The pod that a token was made for."""
-
-    namespace: str
-    pod: str
-    uid: str
 
 
 def worker_group(namespace: str, name: str) -> Hashable:

@@ -73,6 +73,9 @@ class Settings(ContractModel):
     """PEM file with the progress endpoint's certificate."""
     tls_key_file: Path | None = None
     """PEM file with the certificate's key."""
+    progress_auth: Literal["TokenReview", "KeySet"] = "TokenReview"
+    """How the workers' tokens are checked: by the API server, which takes a right on the whole cluster, or with the
+    cluster's public keys."""
     resync_seconds: float = Field(default=300, gt=0)
     """Seconds between two full passes over all FineTuneJobs."""
     restart_backoff_seconds: float = Field(default=10, ge=0)

@@ -78,8 +78,8 @@ def _identity(token: str, key: jwt.PyJWK, issuer: str) -> PodIdentity | None:
     except jwt.InvalidTokenError:
         return None
     bound = claims.get("kubernetes.io") or {}
-    namespace, pod = bound.get("namespace"), bound.get("pod") or {}
-    is_account = isinstance(namespace, str) and claims["sub"].startswith(f"system:serviceaccount:{namespace}:")
-    if not is_account or not pod.get("name") or not pod.get("uid"):
+    namespace, pod = bound.get("namespace") or "", bound.get("pod") or {}
+    is_account = claims["sub"].startswith(f"system:serviceaccount:{namespace}:")
+    if not namespace or not is_account or not pod.get("name") or not pod.get("uid"):
         return None
     return PodIdentity(namespace, pod["name"], pod["uid"])

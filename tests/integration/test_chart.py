@@ -239,6 +239,44 @@ RENDERED = {
         lambda found: sorted(name for kind, name in found if kind == "ClusterRole"),
         ["kubetune-ops", "kubetune-ops-tokens"],
     ),
+    "settings.allowServiceAccounts": (
+        {"settings": {"allowServiceAccounts": ["trainer", "cloud"]}},
+        lambda found: variables(found)["KUBETUNE_ALLOW_SERVICE_ACCOUNTS"],
+        "trainer,cloud",
+    ),
+    "settings.allowHostNetwork": (
+        {"settings": {"allowHostNetwork": True}},
+        lambda found: variables(found)["KUBETUNE_ALLOW_HOST_NETWORK"],
+        "true",
+    ),
+    "progress.auth": (
+        {"progress": {"auth": "KeySet"}},
+        lambda found: (
+            variables(found)["KUBETUNE_PROGRESS_AUTH"],
+            [name for kind, name in found if name.endswith("-tokens")],
+        ),
+        ("KeySet", []),
+    ),
+    "networkPolicy.enabled": (
+        {"networkPolicy": {"enabled": True}},
+        lambda found: [name for kind, name in found if kind == "NetworkPolicy"],
+        ["kubetune"],
+    ),
+    "networkPolicy.metricsFrom": (
+        {"networkPolicy": {"enabled": True, "metricsFrom": [{"namespaceSelector": {"matchLabels": {"a": "b"}}}]}},
+        lambda found: found["NetworkPolicy", "kubetune"]["spec"]["ingress"][1]["from"],
+        [{"namespaceSelector": {"matchLabels": {"a": "b"}}}],
+    ),
+    "networkPolicy.apiServerPorts": (
+        {"networkPolicy": {"enabled": True, "apiServerPorts": [8443]}},
+        lambda found: found["NetworkPolicy", "kubetune"]["spec"]["egress"],
+        [{"ports": [{"port": 8443, "protocol": "TCP"}]}],
+    ),
+    "networkPolicy.workerNamespaces": (
+        {"networkPolicy": {"enabled": True, "workerNamespaces": ["team"]}},
+        lambda found: found["NetworkPolicy", "kubetune-ops-workers"]["metadata"]["namespace"],
+        "team",
+    ),
     "progress.existingSecret": (
         {"progress": {"existingSecret": "mine"}},
         lambda found: (
@@ -353,6 +391,27 @@ def test_nobody_reads_secrets(render):
             assert "secrets" not in resources
             assert "*" not in resources
             assert all("*" not in rule["verbs"] for rule in found["rules"])
+
+
+CLUSTER_WIDE = ("ClusterRole", "ClusterRoleBinding", "CustomResourceDefinition")
+
+
+def test_a_release_for_one_namespace_needs_nothing_outside_it_but_the_definition(render):
+    found = render(watchNamespace="team", rbac={"aggregate": False}, networkPolicy={"enabled": True})
+    assert [kind for kind, _ in found if kind in CLUSTER_WIDE] == ["CustomResourceDefinition"]
+    assert {document["metadata"].get("namespace") for document in found.values()} == {None, "ops", "team"}
+    assert variables(found)["KUBETUNE_PROGRESS_AUTH"] == "KeySet"
+
+
+def test_workers_of_the_watched_namespace_may_report_and_talk_to_each_other(render):
+    found = render(watchNamespace="team", networkPolicy={"enabled": True})
+    operator, workers = found["NetworkPolicy", "kubetune"], found["NetworkPolicy", "kubetune-ops-workers"]
+    (peer,) = operator["spec"]["ingress"][0]["from"]
+    assert peer["podSelector"]["matchLabels"] == {"kubetune.io/role": "worker"}
+    assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "team"}
+    assert workers["metadata"]["namespace"] == "team"
+    assert workers["spec"]["ingress"] == [{"from": [{"podSelector": {"matchLabels": {"kubetune.io/role": "worker"}}}]}]
+    assert "Egress" not in workers["spec"]["policyTypes"]  # hubs, trackers and volumes are anywhere
 
 
 # --- the certificate --------------------------------------------------------------------------------------------------

@@ -38,3 +38,13 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{ $image.repository }}:{{ $image.tag | default (index . 0).Chart.AppVersion }}
 {{- end -}}
 {{- end }}
+
+{{/* How the workers' tokens are checked. Only a release for all namespaces may have them reviewed unasked. */}}
+{{- define "kubetune.progressAuth" -}}
+{{ .Values.progress.auth | default (ternary "TokenReview" "KeySet" (empty .Values.watchNamespace)) }}
+{{- end }}
+
+{{/* A setting as a variable's value: lists are separated by commas. */}}
+{{- define "kubetune.setting" -}}
+{{ kindIs "slice" . | ternary (join "," .) (toString .) }}
+{{- end }}

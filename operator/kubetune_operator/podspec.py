@@ -43,7 +43,7 @@ class Toleration(ContractModel):
     """Value of the taint."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
     """Effect of the taint; without one, every effect."""
-    toleration_seconds: Annotated[int, Field(ge=0, le=2**62)] | None = None
+    toleration_seconds: Annotated[int, Field(ge=0, le=10**9)] | None = None
     """Seconds for which a taint of effect NoExecute is put up with; without it, for ever."""
 
     rules: ClassVar[tuple[Rule, ...]] = (

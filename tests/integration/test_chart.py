@@ -249,6 +249,16 @@ RENDERED = {
         lambda found: variables(found)["KUBETUNE_ALLOW_HOST_NETWORK"],
         "true",
     ),
+    "settings.allowRdma": (
+        {"settings": {"allowRdma": True}},
+        lambda found: variables(found)["KUBETUNE_ALLOW_RDMA"],
+        "true",
+    ),
+    "settings.stageQueue": (
+        {"settings": {"stageQueue": "small"}},
+        lambda found: variables(found)["KUBETUNE_STAGE_QUEUE"],
+        "small",
+    ),
     "progress.auth": (
         {"progress": {"auth": "KeySet"}},
         lambda found: (

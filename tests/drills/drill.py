@@ -81,6 +81,8 @@ class Outage:
     """What is done before."""
     meanwhile: tuple[Step, ...] = ()
     """What is done while no operator runs. The acts follow; the first one's time counts from its start."""
+    brief: bool = False
+    """Whether the stage that the lead leads to passes soon: such leads come last."""
 
 
 @dataclass(frozen=True)

@@ -201,6 +201,13 @@ DRILLS = (
         spec={"workers": {"hostNetwork": True}},
     ),
     waits(
+        "queue",
+        "nobody admits the workers from their queue",
+        "`queue.name: team` on a cluster without Kueue",
+        of_workers("WaitingForQuota", 'queue "team"', "Kueue has not admitted it yet", "describe localqueue team"),
+        spec={"queue": {"name": "team"}},
+    ),
+    waits(
         "no-env-secret",
         "a Secret that an environment variable needs does not exist",
         "`workers.env` names it",

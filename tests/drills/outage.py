@@ -9,6 +9,7 @@ from tests.drills.steps import (
     checkpoint,
     counted,
     delete,
+    gone,
     holds,
     kill,
     nothing_held,
@@ -32,6 +33,7 @@ def away(
     seen: Seen | Gone,
     *after: Step,
     spec: Object,
+    brief: bool = False,
 ) -> Drill:
     """A drill in the operator's absence; the time counts from its return."""
     return Drill(
@@ -41,7 +43,7 @@ def away(
         spec=spec,
         after=after,
         topic=TOPIC,
-        outage=Outage(lead, meanwhile),
+        outage=Outage(lead, meanwhile, brief),
     )
 
 
@@ -52,7 +54,7 @@ def ends_badly(scene: Scene) -> None:
 
 
 QUESTIONS: Object = {"dataset": {"volumePath": "data/questions.jsonl"}}
-SLOW: Object = {"training": {"maxSteps": 300}}
+SLOW: Object = {"training": {"maxSteps": 600}}
 
 DRILLS = (
     away(
@@ -60,7 +62,7 @@ DRILLS = (
         "before the job is submitted",
         "submitted and deleted again",
         (),
-        (submit, remove),
+        (submit, remove, gone),
         Gone(),
         spec={},
     ),
@@ -78,11 +80,11 @@ DRILLS = (
         "away-staging",
         "while the model is staged",
         "the staging ended",
-        (submit, state("Staging")),
-        (staging_done,),
+        (submit, half_way("stalled-while")),
+        (staging_done,),  # the hub's client gives the silent connection up and goes on
         DONE,
         counted(attempt=1),
-        spec={},
+        spec=hub("stalled-while/tiny-llama"),
     ),
     away(
         "away-starting",
@@ -93,6 +95,7 @@ DRILLS = (
         DONE,
         counted(attempt=1, restarts=0),
         spec={},
+        brief=True,
     ),
     away(
         "away-crash",
@@ -114,6 +117,7 @@ DRILLS = (
         nothing_held,
         counted(restarts=0),
         spec=QUESTIONS,
+        brief=True,
     ),
     away(
         "away-end",
@@ -148,9 +152,9 @@ DRILLS = (
     away(
         "away-deleted",
         "while the job trains",
-        "the FineTuneJob deleted",
+        "the FineTuneJob deleted; all of it went without the operator",
         (submit, holds("Running")),
-        (remove,),
+        (remove, gone),
         Gone(),
         spec=LONG,
     ),

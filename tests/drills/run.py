@@ -1,6 +1,6 @@
 """`make drills`: run the drills on the cluster that is up, and write docs/drills.md from what was seen.
 
-With names, only those drills run, and the page stays as it is.
+With names, only those run, and only their rows change.
 """
 
 import argparse
@@ -12,6 +12,7 @@ from cluster_tool import REPOSITORY, ClusterError, default_layout, describe
 from kube import Kube
 from tests.drills import material, runner, table
 from tests.drills.catalogue import DRILLS
+from tests.drills.ledger import Ledger
 from tests.drills.site import Site
 
 PAGE = REPOSITORY / "docs" / "drills.md"
@@ -38,11 +39,19 @@ def main() -> int:
     for report in failed:
         print(f"\n{report.drill.name}: {report.drill.case}\n  {report.problem}", file=sys.stderr)
     print(f"{len(reports) - len(failed)} of {len(reports)} drills were as they must be", file=sys.stderr)
-    if not arguments.names and not failed:
-        PAGE.write_text(table.page(reports))
-    elif arguments.names:
-        print(table.page(reports))
+    write_page(Ledger(layout.state / "drills.json"), reports)
     return 1 if failed else 0
+
+
+def write_page(ledger: Ledger, reports: list[runner.Report]) -> None:
+    """Write the page once every drill was seen."""
+    ledger.take(reports)
+    known = ledger.reports(DRILLS)
+    missing = {drill.name for drill in DRILLS} - {report.drill.name for report in known}
+    if missing:
+        print(f"{PAGE.name} stays as it is: still to be seen are {', '.join(sorted(missing))}", file=sys.stderr)
+    else:
+        PAGE.write_text(table.page(known))
 
 
 def carry_out(site: Site, drills: list[runner.Drill], keep: bool) -> list[runner.Report]:

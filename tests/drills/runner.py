@@ -13,6 +13,7 @@ from tests.drills.site import Site
 
 TRAINING = 3
 """Drills at a time whose workers train: each starts a process with torch on the two cores."""
+ENDED = ("Succeeded", "Failed")
 WAITING = 8
 """Drills at a time whose workers never come up."""
 
@@ -79,9 +80,9 @@ def _with_outage(site: Site, reports: Sequence[Report]) -> None:
     scenes = [Scene(site, report.drill) for report in reports]
     pairs = list(zip(reports, scenes, strict=True))
 
-    def together(part: Callable[[Report, Scene], object]) -> None:
+    def together(part: Callable[[Report, Scene], object], chosen: Sequence[tuple[Report, Scene]] = pairs) -> None:
         with ThreadPoolExecutor(len(pairs)) as pool:
-            list(pool.map(lambda pair: part(*pair), pairs))
+            list(pool.map(lambda pair: part(*pair), chosen))
 
     def lead(report: Report, scene: Scene) -> None:
         assert report.drill.outage is not None
@@ -90,14 +91,20 @@ def _with_outage(site: Site, reports: Sequence[Report]) -> None:
 
     def meanwhile(report: Report, scene: Scene) -> None:
         assert report.drill.outage is not None
+        _guard(report, scene, lambda: _not_ended(scene))
         steps = report.drill.outage.meanwhile
         _guard(report, scene, lambda: _do(steps, scene))
 
-    together(lead)
+    for brief in (False, True):
+        together(lead, [pair for pair in pairs if pair[0].drill.outage and pair[0].drill.outage.brief is brief])
     site.scale_operator(0)
     together(meanwhile)
     began = site.scale_operator(1)
     together(lambda report, scene: _acts(report, scene, began))
+
+
+def _not_ended(scene: Scene) -> None:
+    assert scene.status().get("state") not in ENDED, f"it ended before the outage: {scene.told()}"
 
 
 def _perform(scene: Scene, act: Act, since: float | None) -> Row:
@@ -128,10 +135,13 @@ def _refused(scene: Scene, words: Iterable[str]) -> None:
 
 
 def _until_gone(scene: Scene, act: Act, began: float) -> float:
-    """When the last of the job and its children went."""
+    """When the last of the job and its children went; at the beginning if nothing was there any more."""
     deadline = began + act.seconds
     nothing = lambda found: None if scene.owned(found.values()) else True  # noqa: E731
-    for watch in (scene.site.jobs_of_users, scene.site.child_jobs, scene.site.pods):
+    watches = (scene.site.jobs_of_users, scene.site.child_jobs, scene.site.pods)
+    if not scene.children() and all(watch.ask(nothing) for watch in watches):
+        return began
+    for watch in watches:
         watch.until(nothing, max(1.0, deadline - scene.site.now()), f"{scene.name} is gone")
     at = scene.site.now()
     rest = [child for child in scene.children() if child.startswith(("service/", "configmap/"))]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tests.drills.drill import Object, Step, condition_of
-from tests.drills.scene import Scene, active, is_ready
+from tests.drills.scene import PATIENCE, Scene, active, is_ready
 
 LONG: Object = {"training": {"maxSteps": 20000}, "checkpoint": {"everySteps": 20}}
 """Of a job that runs until the drill is over."""
@@ -80,6 +80,13 @@ def workers_end(phase: str) -> Step:
     """Until the first worker is in that phase, whatever the operator makes of it."""
     reached = lambda pods: any(pod["status"].get("phase") == phase for pod in pods)  # noqa: E731
     return lambda scene: _ignore(scene.until_pods(reached, f"a worker that {phase}"))
+
+
+def gone(scene: Scene) -> None:
+    """Until the job, its Jobs and their pods are gone."""
+    nothing = lambda found: None if scene.owned(found.values()) else True  # noqa: E731
+    for watch in (scene.site.jobs_of_users, scene.site.child_jobs, scene.site.pods):
+        watch.until(nothing, PATIENCE, f"{scene.name} is gone")
 
 
 def then(_: Scene) -> None:

@@ -60,6 +60,11 @@ class Watch:
         with self._changed:
             return self._now.get(key)
 
+    def ask(self, look: Callable[[Mapping[Key, Object]], T | None]) -> T | None:
+        """What `look` finds in what is there now."""
+        with self._changed:
+            return look(self._now)
+
     def until(self, look: Callable[[Mapping[Key, Object]], T | None], seconds: float, what: str) -> T:
         """Wait until `look` finds something in what is there now."""
         deadline = time.monotonic() + seconds

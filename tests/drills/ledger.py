@@ -1,0 +1,48 @@
+"""What was seen of each drill when it last ran, kept from run to run: one drill that is repeated changes its row only."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tests.drills.drill import Drill
+from tests.drills.runner import Report, Row
+
+
+class Ledger:
+    """A file with the rows of the drills that were as they must be."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.seen: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
+
+    def take(self, reports: Iterable[Report]) -> None:
+        """Note what was seen; a drill that failed has no rows any more."""
+        for report in reports:
+            self.seen.pop(report.drill.name, None)
+            if not report.problem:
+                self.seen[report.drill.name] = [_plain(row) for row in report.rows]
+        self.file.write_text(json.dumps(self.seen, indent=1))
+
+    def reports(self, drills: Iterable[Drill]) -> list[Report]:
+        """What is known of these drills; rows of a drill that has changed since are not."""
+        found = []
+        for drill in drills:
+            rows = self.seen.get(drill.name, [])
+            if [row["done"] for row in rows] == [act.done for act in drill.acts]:
+                found.append(Report(drill, [_row(drill, number, row) for number, row in enumerate(rows)]))
+        return found
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    return {
+        "done": row.act.done,
+        "state": row.state,
+        "reason": row.reason,
+        "message": row.message,
+        "seconds": row.seconds,
+    }
+
+
+def _row(drill: Drill, number: int, row: dict[str, Any]) -> Row:
+    return Row(drill, drill.acts[number], row["state"], row["reason"], row["message"], row["seconds"])

@@ -13,7 +13,7 @@ def ends(name: str, case: str, done: str, reason: str, *words: str, **more: Any)
     return Drill(
         name=name,
         case=case,
-        acts=(Act(done, Seen("Failed", "Failed", reason, words, holds=True), seconds=120),),
+        acts=(Act(done, Seen("Failed", "Failed", reason, words, holds=True), seconds=240),),
         after=(nothing_held, counted(restarts=0, disruptions=0)),
         topic=TOPIC,
         **more,

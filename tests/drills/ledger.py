@@ -1,4 +1,4 @@
-"""What was seen of each drill when it last ran, kept from run to run: one drill that is repeated changes its row only."""
+"""What was seen of each drill when it last ran, kept from run to run: a drill that is repeated changes its own rows."""
 
 import json
 from collections.abc import Iterable

@@ -29,7 +29,7 @@ SUSPENDED = Seen("Suspended", "Suspended", "Suspended", holds=True)
 
 def deleted(name: str, case: str, *lead: object, spec: Object, trains: bool = True) -> Drill:
     """A drill in which the FineTuneJob is deleted at some stage."""
-    acts = (Act("`kubectl delete finetunejob`", Gone(), (submit, *lead, remove), seconds=150),)  # type: ignore[arg-type]
+    acts = (Act("`kubectl delete finetunejob`", Gone(), (submit, *lead, remove), seconds=240),)  # type: ignore[arg-type]
     return Drill(name, case, acts, spec=spec, topic=TOPIC, trains=trains)
 
 
@@ -49,7 +49,7 @@ def foreign(kind: str, name: str, api: str, **body: object) -> Drill:
                 f"a {kind} of that name created before",
                 Seen("Starting", "Started", "NameConflict", (kind, path.partition("/")[2])),
             ),
-            Act(f"that {kind} deleted", DONE, (kubectl("delete", path),), seconds=90),
+            Act(f"that {kind} deleted", DONE, (kubectl("delete", path),), seconds=240),
         ),
         before=(make(taken),),
         topic=TOPIC,
@@ -73,7 +73,7 @@ DRILLS = (
     Drill(
         "happy",
         "nothing happens",
-        (Act("`kubectl apply`", DONE, seconds=120),),
+        (Act("`kubectl apply`", DONE, seconds=240),),
         after=(nothing_held, counted(attempt=1, restarts=0, disruptions=0), event("Running"), event("Succeeded")),
         topic=TOPIC,
         quick=True,
@@ -83,7 +83,7 @@ DRILLS = (
         "suspended before it starts",
         (
             Act("submitted with `suspend: true`", SUSPENDED),
-            Act("`suspend: false`", DONE, (resume,), seconds=120),
+            Act("`suspend: false`", DONE, (resume,), seconds=240),
         ),
         spec={"suspend": True},
         after=(counted(attempt=1, restarts=0),),
@@ -96,7 +96,7 @@ DRILLS = (
             Act(
                 "`suspend: true` in the middle of the download", SUSPENDED, (submit, half_way("stalled-pause"), suspend)
             ),
-            Act("`suspend: false`", DONE, (resume,), seconds=150),
+            Act("`suspend: false`", DONE, (resume,), seconds=240),
         ),
         spec=hub("stalled-pause/tiny-llama"),
         after=(counted(attempt=1, restarts=0),),
@@ -111,7 +111,7 @@ DRILLS = (
                 Seen("Suspended", "Suspended", "Suspended", ("it goes on from step",)),
                 (submit, checkpoint(20), suspend),
             ),
-            Act("`suspend: false`", Seen("Running", "Running", "Running"), (nothing_held, resume), seconds=90),
+            Act("`suspend: false`", Seen("Running", "Running", "Running"), (nothing_held, resume), seconds=240),
         ),
         spec=LONG,
         after=(counted(attempt=1, restarts=0, disruptions=0),),

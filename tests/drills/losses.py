@@ -24,10 +24,10 @@ from tests.drills.steps import (
 )
 
 TOPIC = "Lost workers"
-GOES_ON = Act("(the wait is over)", Seen("Running", "Running", "Running", ("Attempt 2",)), (then,), seconds=90)
+GOES_ON = Act("(the wait is over)", Seen("Running", "Running", "Running", ("Attempt 2",)), (then,), seconds=240)
 
 
-def restarts(words: tuple[str, ...], done: str, *steps: object, seconds: float = 60) -> Act:
+def restarts(words: tuple[str, ...], done: str, *steps: object, seconds: float = 150) -> Act:
     """The act that makes the gang restart."""
     return Act(done, Seen("Restarting", "Started", "Restarting", words), (submit, *steps), seconds)  # type: ignore[arg-type]
 
@@ -136,7 +136,7 @@ DRILLS = (
             Act(
                 "`workers.resources.limits.memory: 200Mi`, no restart allowed",
                 Seen("Failed", "Failed", "OOMKilled", ("Worker 0", "OOMKilled", "memory limit 200Mi")),
-                seconds=90,
+                seconds=240,
             ),
         ),
         spec={"failurePolicy": {"maxRestarts": 0}, "workers": {"resources": {"limits": {"memory": "200Mi"}}}},
@@ -152,7 +152,7 @@ DRILLS = (
                 "worker 1's training process killed; worker 0 ends for want of its peer",
                 checkpoint(20),
                 kill(1),
-                seconds=90,
+                seconds=240,
             ),
         ),
         spec={**LONG, "workers": {"nodes": 2}},
@@ -243,7 +243,7 @@ DRILLS = (
                 "`kubectl delete service`, then worker 1 of 2 killed",
                 Seen("Running", "Running", "Running", ("Attempt 2: 2 of 2 workers",)),
                 (submit, holds("Running"), delete("service/{name}"), kill(1)),
-                seconds=120,
+                seconds=240,
             ),
         ),
         spec={**LONG, "workers": {"nodes": 2}},
@@ -258,7 +258,7 @@ DRILLS = (
                 "`kubectl delete configmap` while the worker waits for a place, then the place given",
                 Seen("Running", "Running", "Running"),
                 (submit, all_pending(), delete("configmap/{name}-kubetune"), offer("seat", 1)),
-                seconds=150,
+                seconds=240,
             ),
         ),
         spec={**LONG, **seat("configmap-deleted")},
@@ -276,7 +276,7 @@ DRILLS = (
                 comes_up_on_it,
                 holds("Running"),
                 delete("pod/{worker}", "--grace-period=1"),
-                seconds=90,
+                seconds=240,
             ),
         ),
         before=(make(fake_node),),
@@ -296,7 +296,7 @@ DRILLS = (
                 comes_up_on_it,
                 holds("Running"),
                 delete_node,
-                seconds=150,
+                seconds=240,
             ),
         ),
         before=(make(fake_node),),

@@ -183,7 +183,7 @@ DRILLS = (
         "node-selector",
         "no node has the label",
         "`workers.nodeSelector: {zone: nowhere}`",
-        of_workers("Unschedulable", "node affinity/selector"),
+        of_staging("Unschedulable", "node affinity/selector", "workers.nodeSelector"),
         spec={"workers": {"nodeSelector": {"zone": "nowhere"}}},
     ),
     waits(
@@ -222,7 +222,7 @@ DRILLS = (
         "no-config-map",
         "a ConfigMap that a volume needs does not exist",
         "`workers.volumes` names it",
-        of_workers("MountFailed", "none-such"),
+        of_workers("ConfigMapMissing", "none-such", "Create ConfigMap"),
         spec={
             "workers": {
                 "volumes": [{"name": "extra", "configMap": {"name": "none-such"}}],
@@ -235,7 +235,7 @@ DRILLS = (
         "a node that fits comes later",
         "a resource that no node has",
         of_workers("Unschedulable", f"Insufficient {RESOURCE}/late-node-seat"),
-        Act("the node has it now", Seen("Succeeded", "Succeeded", "Done"), (offer("seat", 1),), seconds=120),
+        Act("the node has it now", Seen("Succeeded", "Succeeded", "Done"), (offer("seat", 1),), seconds=240),
         spec=seat("late-node"),
         trains=True,
     ),

@@ -39,7 +39,7 @@ def away(
     return Drill(
         name,
         case,
-        (Act(done, seen, seconds=150),),
+        (Act(done, seen, seconds=240),),
         spec=spec,
         after=after,
         topic=TOPIC,

@@ -135,11 +135,11 @@ def _refused(scene: Scene, words: Iterable[str]) -> None:
 
 
 def _until_gone(scene: Scene, act: Act, began: float) -> float:
-    """When the last of the job and its children went; at the beginning if nothing was there any more."""
+    """When the last of the job and its children went; at the beginning if that was while no operator was there."""
     deadline = began + act.seconds
     nothing = lambda found: None if scene.owned(found.values()) else True  # noqa: E731
     watches = (scene.site.jobs_of_users, scene.site.child_jobs, scene.site.pods)
-    if not scene.children() and all(watch.ask(nothing) for watch in watches):
+    if scene.drill.outage and not scene.children() and all(watch.ask(nothing) for watch in watches):
         return began
     for watch in watches:
         watch.until(nothing, max(1.0, deadline - scene.site.now()), f"{scene.name} is gone")

@@ -191,7 +191,9 @@ class Site:
         values["settings.operatorName"] = self.operator(name)
         values["settings.hubEndpoint"] = f"http://hub.{self.namespace(MAIN)}.svc:{HUB_PORT}"
         options = [*demo.image_values(self.images), "--set=rbac.aggregate=false"]
-        options += [f"--set={key}={value}" for key, value in values.items()]
+        # helm lays --set-string over --set, whatever their order: what is text must come as text.
+        kinds = {key: "--set" if key.startswith("settings.") else "--set-string" for key in values}
+        options += [f"{kinds[key]}={key}={value}" for key, value in values.items()]
         self.kube.helm("upgrade", "--install", self.release(name), chart, *where, *options)
         return "ready"
 

@@ -179,6 +179,11 @@ def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
         return
     _take_report(turn)
     pods, nodes = turn.workers_of(turn.attempt), job.spec.workers.nodes
+    lost = turn.lost(pods)
+    if lost is not None:
+        turn.withhold()
+        end(turn, lost)
+        return
     up = sum(is_ready(pod) or pod.get("status", {}).get("phase") == "Succeeded" for pod in pods)
     if is_true(turn.status, "Running") or up >= nodes:
         _say_running(turn, pods)

@@ -250,10 +250,23 @@ class Decision:
         if first is not None and was_preempted(first):
             self.inquire(about(first))
         why = ending(child, pods, self.observed.events)
-        lost = [pod for pod in pods if is_live(pod) and is_lost(pod, self.now, self.settings.lost_node_grace_seconds)]
-        if why is not None and why.cause in (Cause.LEFT, Cause.UNCLEAR) and lost:
-            return node_lost(lost[0])
-        return why
+        lost = self.lost(pods) if why is not None and why.cause in (Cause.LEFT, Cause.UNCLEAR) else None
+        return lost or why
+
+    def lost(self, pods: list[Manifest]) -> Ending | None:
+        """The end of an attempt one of whose pods stays Terminating; until its grace is over, look again then.
+
+        Nobody ends such a pod, so its Job does not fail either: a Job waits for its pods to end.
+        """
+        grace = self.settings.lost_node_grace_seconds
+        for pod in pods:
+            due = moment(pod["metadata"].get("deletionTimestamp"))
+            if due is None or not is_live(pod):
+                continue
+            if is_lost(pod, self.now, grace):
+                return node_lost(pod)
+            self.look_again_at(due + timedelta(seconds=grace))
+        return None
 
     def disruption(self, pod: Manifest) -> tuple[str, str]:
         """Reason and sentence of a pod that is being taken away from outside."""

@@ -270,7 +270,7 @@ DRILLS = (
         "a node does not answer any more: its pod stays Terminating",
         (
             restarts(
-                ("worker 0", "restart 1 of 3"),
+                ("Worker 0 does not end on node", "is not counted"),
                 "the pod bound to a Node object without a kubelet, then deleted: nobody ends it",
                 all_pending(),
                 comes_up_on_it,
@@ -281,7 +281,10 @@ DRILLS = (
         ),
         before=(make(fake_node),),
         spec={**LONG, **seat("node-lost")},
-        after=(kubectl("delete", "pods", "--selector=kubetune.io/job={name}", "--force", "--grace-period=0"),),
+        after=(
+            counted(attempt=2, restarts=0, disruptions=1),
+            kubectl("delete", "pods", "--selector=kubetune.io/job={name}", "--force", "--grace-period=0"),
+        ),
         topic=TOPIC,
         trains=False,
     ),

@@ -114,6 +114,8 @@ class Site:
         plan.add("models and data", lambda: self._put(folder, drills), after=("volumes",))
         plan.add("model hub", self._make_hub, after=("models and data",))
         plan.run()
+        for resource in self._offered():
+            self._withdraw(resource)
         self.jobs_of_users = Watch(self.kube, "finetunejobs")
         self.child_jobs = Watch(self.kube, "jobs", f"--selector={ROLE_LABEL}")
         self.pods = Watch(self.kube, "pods", f"--selector={ROLE_LABEL}")
@@ -127,7 +129,7 @@ class Site:
     def remove(self) -> None:
         """Remove what these or earlier drills left on the cluster."""
         for resource in self._offered():
-            self._patch_node([{"op": "remove", "path": f"/status/{where}/{resource}"} for where in ("capacity",)])
+            self._withdraw(resource)
         for place in PLACES:
             self.kube.kubectl("delete", "finetunejobs", "--all", "--namespace", self.namespace(place), "--wait=false")
         for name in OPERATORS:
@@ -160,6 +162,10 @@ class Site:
         where = ("capacity", "allocatable")
         path = f"{RESOURCE}~1{name}"
         self._patch_node([{"op": "add", "path": f"/status/{side}/{path}", "value": str(amount)} for side in where])
+
+    def withdraw(self, name: str) -> None:
+        """Let the node offer it no more."""
+        self._withdraw(f"{RESOURCE}/{name}")
 
     def sent(self, owner: str) -> int:
         """Bytes of the weights that left the hub for an owner's repository."""
@@ -226,11 +232,21 @@ class Site:
         return self._node
 
     def _offered(self) -> list[str]:
-        """The resources that drills have put on nodes, as in a JSON patch."""
+        """The resources that drills have put on the node."""
         if self.kube.get("pod", POD, self.namespace(MAIN)) is None:
             return []
         node = json.loads(self.kube.kubectl("get", "node", self.node(), "--output=json"))
-        return [name.replace("/", "~1") for name in node["status"]["capacity"] if name.startswith(RESOURCE)]
+        return [name for name in node["status"]["capacity"] if name.startswith(RESOURCE)]
+
+    def _withdraw(self, resource: str) -> None:
+        """The kubelet takes what can be allocated from the capacity, but not back: it is set to 0."""
+        path = resource.replace("/", "~1")
+        self._patch_node(
+            [
+                {"op": "add", "path": f"/status/allocatable/{path}", "value": "0"},
+                {"op": "remove", "path": f"/status/capacity/{path}"},
+            ]
+        )
 
 
 def merged(base: Object, changes: Mapping[str, Any]) -> Object:

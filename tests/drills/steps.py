@@ -166,8 +166,14 @@ def make(manifest: Callable[[Scene], Object]) -> Step:
 
 
 def offer(resource: str, amount: int) -> Step:
-    """Let the node offer so much of a resource of that name."""
-    return lambda scene: scene.site.offer(f"{scene.name}-{resource}", amount)
+    """Let the node offer so much of a resource of that name, until the drill is over."""
+
+    def step(scene: Scene) -> None:
+        name = f"{scene.name}-{resource}"
+        scene.site.offer(name, amount)
+        scene.undo.append(lambda: scene.site.withdraw(name))
+
+    return step
 
 
 def try_to(*words: str) -> Step:

@@ -99,6 +99,27 @@ def test_an_attempt_with_lost_pods_is_judged_when_their_grace_is_over(world, tol
     assert world.later(180).plan().status.attempt == 2
 
 
+def test_a_pod_that_nobody_ends_ends_its_attempt_when_the_grace_is_over(world, told):
+    """Its Job waits for it for ever, and its peers with it."""
+    world.running().deleted(1)
+    assert world.plan().status.attempt == 1
+    assert world.plan().requeue_after == 180
+    decided = world.later(180).plan()
+    assert (decided.status.attempt, decided.status.disruptions, decided.status.restarts) == (2, 1, 0)
+    assert told(decided, "Running")[1] == "NodeLost"
+    assert told(decided, "Started")[2].startswith("Worker 1 does not end on")
+    assert decided.apply == []
+
+
+def test_the_next_attempt_replaces_the_job_of_one_whose_pod_nobody_ends(world, kinds):
+    world.running().deleted(1)
+    world.status = world.later(180).plan().status.to_dict()
+    world.ends(0, 81, PEER)
+    decided = world.later(10).plan()
+    assert "Job/bot-a2" in kinds(decided)
+    assert [item.name for item in decided.delete] == ["bot-a1"]
+
+
 def test_only_the_attempt_before_is_kept(world):
     """Its logs are worth something; with unlimited evictions all of them would be too many."""
     for attempt in (1, 2, 3):

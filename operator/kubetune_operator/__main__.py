@@ -1,21 +1,26 @@
 """Start the operator: no arguments, settings from KUBETUNE_* variables, JSON logs, SIGTERM ends it cleanly."""
 
 import asyncio
-import json
 import logging
 import os
+import signal
+import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Coroutine
-from contextlib import AsyncExitStack
-from typing import Any
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
 
 import kopf
 
 from kubetune_contract.progress import ProgressReport
-from kubetune_operator.cluster import Cluster
+from kubetune_operator.cluster import Cluster, LeaseObject
+from kubetune_operator.connection import Connection
 from kubetune_operator.errors import OperatorError
 from kubetune_operator.handlers import kopf_settings, registry_for, resync, work
+from kubetune_operator.lease import Election
+from kubetune_operator.logs import JsonFormatter
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import (
     ProgressServer,
@@ -31,24 +36,12 @@ from kubetune_operator.store import Manifest, Store
 from kubetune_operator.tokens import PodIdentity, TokenVerifier
 from kubetune_operator.workqueue import WorkQueue
 
+FINISH_SECONDS: Final = 2.0
+"""How long a replica that stops waits for its workers, and for the answer to the Lease that it gives back."""
+LOST: Final = 1
+"""Exit code of a replica that has lost the Lease; its pod starts it again, as a standby."""
+
 log = logging.getLogger("kubetune_operator")
-
-
-class JsonFormatter(logging.Formatter):
-    """One JSON object a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """The record's time, severity, logger and message, with the traceback where there is one."""
-        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        line = {
-            "time": f"{moment}.{int(record.msecs):03d}Z",
-            "level": record.levelname.lower(),
-            "logger": record.name,
-            "message": record.getMessage(),
-        }
-        if record.exc_info:
-            line["error"] = self.formatException(record.exc_info)
-        return json.dumps(line, ensure_ascii=False)
 
 
 class Operator:
@@ -59,35 +52,66 @@ class Operator:
         self.metrics = Metrics()
         self.store = Store(settings.operator_name)
         self.queue = WorkQueue(settings.debounce_seconds)
+        self.queue.accepting = False  # until this replica leads
         self.progress = ProgressStore(settings.progress_write_seconds)
         self.cluster: Cluster | None = None
+        self.election: Election | None = None
         self.watching = asyncio.Event()
+        self.stopping = asyncio.Event()
 
     async def run(self) -> None:
-        """Run until SIGTERM or SIGINT, which kopf takes."""
-        self.cluster = await Cluster.connect(self.settings.watch_namespace, self.child_changed)
-        async with AsyncExitStack() as stack:
-            stack.push_async_callback(self.cluster.close)
-            await self._serve(stack)
-            self._start(stack, self.cluster.run())
-            self._start(stack, self._count())
-            self._start(stack, self._work(self.cluster))
-            await self._watch()
-        log.info("stopped")
+        """Run until SIGTERM or SIGINT. The caller ends the process: some parts still run."""
+        settings = self.settings
+        connection = await Connection.open()
+        lease = LeaseObject(connection, settings.namespace, settings.lease_name)
+        self.election = Election(lease, identity_of(settings), address_of(settings))
+        connection.may_write = self.election.leads
+        self.cluster = Cluster(connection, settings.watch_namespace, self.child_changed)
+        await self._serve()
+        parts = [self.cluster.run(), self._count(), self._lead(self.cluster, self.election), self._watch()]
+        tasks = {asyncio.create_task(part) for part in parts}
+        stopped = asyncio.create_task(self.stopping.wait())
+        done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for broken in done - {stopped}:
+            broken.result()  # raises what broke it; no part ends by itself
+            raise RuntimeError("a part of the operator has ended")
+        await self._stop(connection, self.election)
 
-    async def _work(self, cluster: Cluster) -> None:
-        """Reconcile, once everything that exists is known."""
-        reconciler = Reconciler(cluster, self.store, self.progress, self.settings, self.metrics)
+    async def _lead(self, cluster: Cluster, election: Election) -> None:
+        """Wait for the caches, then for the Lease; reconcile until it is lost."""
         await cluster.synced()
         log.info("caches are complete")
+        await election.acquire()
+        log.info("this replica leads", extra={"holder": election.identity})
+        self.queue.accepting = True
+        reconciler = Reconciler(cluster, self.store, self.progress, self.settings, self.metrics)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(resync(cluster, self.store, self.queue, self.settings.resync_seconds))
             for _ in range(self.settings.workers):
                 tasks.create_task(work(self.queue, reconciler, self.metrics))
+            why = await election.keep()
+            log.critical("this replica leads no more, and ends: %s", why, extra={"holder": election.identity})
+            logging.shutdown()
+            os._exit(LOST)  # at once: what is under way must not be written
+
+    async def _stop(self, connection: Connection, election: Election) -> None:
+        """Finish what workers have, then let another replica lead at once."""
+        self.queue.close()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FINISH_SECONDS):
+                while self.queue.busy:
+                    await asyncio.sleep(0.01)
+        connection.may_write = lambda: False
+        try:
+            async with asyncio.timeout(FINISH_SECONDS):
+                await election.release()
+        except (OperatorError, TimeoutError) as error:
+            log.warning("cannot give the Lease back: %s", str(error) or "no answer in time")
+        log.info("stopped")
 
     async def _watch(self) -> None:
         namespace = self.settings.watch_namespace
-        await kopf.operator(
+        tasks = await kopf.spawn_tasks(
             registry=registry_for(self.store, self.queue),
             settings=kopf_settings(),
             ready_flag=self.watching,
@@ -95,42 +119,23 @@ class Operator:
             clusterwide=namespace is None,
             namespaces=[namespace] if namespace else [],
         )
+        # In place of kopf's own: it would take 5 s to end, and end our tasks before they have given the Lease back.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, self.stopping.set)
+        await kopf.run_tasks(tasks)
 
-    async def _serve(self, stack: AsyncExitStack) -> None:
-        health = await serve(health_app(self.metrics, self.is_ready), self.settings.metrics_port)
-        stack.push_async_callback(health.cleanup)
+    async def _serve(self) -> None:
+        await serve(health_app(self.metrics, self.is_ready), self.settings.metrics_port)
         certificate, key = self.settings.tls_cert_file, self.settings.tls_key_file
         if certificate is None or key is None:
             log.info("no certificate is set: training runs without progress reports")
             return
         context = server_context(certificate, key)
         assert self.cluster is not None
-        authenticate = await self._authenticator(self.cluster)
-        server = ProgressServer(authenticate, self.cluster.pods.get, self.take_report)
-        endpoint = await serve(server.app(), self.settings.progress_port, context)
-        stack.push_async_callback(endpoint.cleanup)
-        self._start(stack, keep_certificate_fresh(context, certificate, key))
-
-    async def _authenticator(self, cluster: Cluster) -> Callable[[str], Awaitable[PodIdentity | None]]:
-        if self.settings.progress_auth == "TokenReview":
-            return cluster.review_token
-        verifier = TokenVerifier(cluster.connection)
-        try:
-            await verifier.refresh()
-        except OperatorError as error:
-            log.error(
-                "training runs without progress reports, whose tokens cannot be checked yet: %s. "
-                "Every service account may read the cluster's keys by default: see that ClusterRole "
-                "system:service-account-issuer-discovery is bound to system:serviceaccounts",
-                error,
-            )
-        return verifier.identify
-
-    def _start(self, stack: AsyncExitStack, job: Coroutine[Any, Any, None]) -> None:
-        """Run in the background until the stack unwinds. A part that breaks ends the process."""
-        task = asyncio.create_task(job)
-        task.add_done_callback(_end_if_broken)
-        stack.push_async_callback(_cancel, task)
+import uuid
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Final
 
     def is_ready(self) -> bool:
         """Whether the caches are complete and FineTuneJobs are watched."""
@@ -157,15 +162,23 @@ class Operator:
             await asyncio.sleep(1)
 
 
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+def identity_of(settings: Settings) -> str:
+    """The name under which this replica holds the Lease."""
+    return settings.pod_name or f"{socket.gethostname()}_{uuid.uuid4().hex[:8]}"
 
 
-def _end_if_broken(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        log.critical("the operator cannot go on", exc_info=error)
-        os._exit(1)
+def address_of(settings: Settings) -> str | None:
+    """host:port at which the other replicas reach this one's progress endpoint."""
+    if settings.pod_ip is None or settings.tls_cert_file is None:
+        return None
+    host = f"[{settings.pod_ip}]" if ":" in settings.pod_ip else settings.pod_ip
+    return f"{host}:{settings.progress_port}"
+
+
+async def _run(settings: Settings) -> None:
+    await Operator(settings).run()
+    logging.shutdown()
+    os._exit(0)  # nothing is left to be saved, and kopf would take seconds to end
 
 
 def main() -> None:
@@ -181,7 +194,7 @@ def main() -> None:
         sys.exit(2)
     logging.getLogger().setLevel(settings.log_level)
     logging.getLogger("kopf").setLevel(logging.WARNING)
-    asyncio.run(Operator(settings).run())
+    asyncio.run(_run(settings))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,15 @@ import asyncio
 import hashlib
 import json
 import time
-from collections.abc import AsyncIterator, Callable, Hashable
-from typing import Any, Final, NamedTuple, Self
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
+from typing import Any, Final, NamedTuple
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_operator.api import API_VERSION, KIND
 from kubetune_operator.connection import MERGE, Connection, Manifest, path_of
 from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError, Expired, NameTaken
-from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, ROLE_LABEL, STAGE
+from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY, ROLE_LABEL, STAGE
 from kubetune_operator.tokens import PodIdentity
 from kubetune_operator.watch import ObjectCache
 
@@ -64,11 +64,6 @@ class Cluster:
         self._posted: dict[tuple[str, str, str, str], tuple[str, int]] = {}
         self.jobs = ObjectCache(_Children(connection, path_of("Job", namespace)), group_of, changed)
         self.pods = ObjectCache(_Children(connection, path_of("Pod", namespace)), group_of, changed)
-
-    @classmethod
-    async def connect(cls, namespace: str | None, changed: Callable[[Manifest], None]) -> Self:
-        """Connect from within a pod by its account, from elsewhere by KUBECONFIG."""
-        return cls(await Connection.open(), namespace, changed)
 
     async def run(self) -> None:
         """Keep the caches fresh until cancelled."""
@@ -276,12 +271,51 @@ class Cluster:
             return known[1]
         spec = {"token": token, "audiences": [TOKEN_AUDIENCE]}
         review = {"apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": spec}
-        answer = await self.connection.request("POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, review)
+        answer = await self.connection.request(
+            "POST", "/apis/authentication.k8s.io/v1/tokenreviews", {}, review, fenced=False
+        )
         if len(self._tokens) >= MEMORY_SIZE:
             self._tokens.clear()
         identity = _identity(answer.get("status", {}))
         self._tokens[digest] = (now, identity)
         return identity
+
+
+class LeaseObject:
+    """The requests about one Lease. They are not fenced: who does not lead asks for it here."""
+
+    def __init__(self, connection: Connection, namespace: str, name: str) -> None:
+        self._connection = connection
+        self._namespace = namespace
+        self._name = name
+
+    async def read(self) -> Manifest | None:
+        """The Lease; None if there is none."""
+        return await self._connection.get("Lease", self._namespace, self._name)
+
+    async def create(self, manifest: Manifest) -> Manifest:
+        """Make the Lease."""
+        manifest["metadata"] |= {"name": self._name, "namespace": self._namespace, "labels": MANAGED_BY}
+        path, query = path_of("Lease", self._namespace), {"fieldManager": FIELD_MANAGER}
+        return await self._connection.request("POST", path, query, manifest, fenced=False)
+
+    async def replace(self, manifest: Manifest) -> Manifest:
+        """Write the Lease, if it is still as it was read."""
+        path, query = path_of("Lease", self._namespace, self._name), {"fieldManager": FIELD_MANAGER}
+        return await self._connection.request("PUT", path, query, manifest, fenced=False)
+
+    async def watch(self, resource_version: str) -> AsyncGenerator[Manifest]:
+        """What happens to the Lease from there on. The right to watch is for this one name."""
+        query = {
+            "fieldSelector": f"metadata.name={self._name}",
+            "watch": "true",
+            "resourceVersion": resource_version,
+            "timeoutSeconds": str(WATCH_SECONDS),
+        }
+        async for event in self._connection.stream(path_of("Lease", self._namespace), query):
+            if event["type"] == "ERROR":
+                raise ApiError(event["object"].get("code", 500), event["object"].get("message", ""))
+            yield event
 
 
 class _Children:

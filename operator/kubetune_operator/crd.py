@@ -50,6 +50,7 @@ COLUMNS: Final = (
 SET_BY_CHART: Final = (
     *("trainer_image", "image_pull_policy", "image_pull_secrets", "namespace", "watch_namespace", "metrics_port"),
     *("progress_url", "progress_port", "ca_file", "tls_cert_file", "tls_key_file", "progress_auth"),
+    *("pod_name", "pod_ip", "lease_name"),
 )
 """Settings that follow from other values of the chart."""
 KEPT_KEYWORDS: Final = (

@@ -6,6 +6,7 @@ OperatorError
 ├── NameTaken       a name that a child needs belongs to somebody else
 ├── ApiError        the API server refused a request
 ├── Unreachable     the API server gave no answer
+├── Deposed         this replica is not the leader, so it does not write
 └── Expired         a watch cannot go on from where it was: list again
 """
 
@@ -44,6 +45,10 @@ class ApiError(OperatorError):
 
 class Unreachable(OperatorError):
     """The API server gave no answer, or half a one."""
+
+
+class Deposed(OperatorError):
+    """This replica is not the leader, or not surely any more: another one may be at work, so nothing is written."""
 
 
 class Expired(OperatorError):

@@ -59,6 +59,13 @@ class Settings(ContractModel):
     operator_name: str = Field(default=OPERATOR_NAME, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$", max_length=63)
     """Name of this operator. It handles FineTuneJobs that carry it as their label kubetune.io/operator; those without
     the label belong to the operator with the default name."""
+    pod_name: str | None = Field(default=None, min_length=1)
+    """Name of the operator's pod. It takes a Lease of this name back at once. None, outside of a cluster: a name made
+    of the host's."""
+    pod_ip: str | None = Field(default=None, min_length=1)
+    """Address at which other replicas reach this one's progress endpoint. None: they cannot hand reports over."""
+    lease_name: str = Field(default=OPERATOR_NAME, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$", max_length=253)
+    """The Lease, in the operator's namespace, that makes one of the replicas the leader."""
     watch_namespace: str | None = None
     """The only namespace whose FineTuneJobs are handled; None is all of them."""
     progress_url: str | None = Field(default=None, pattern=r"^https://[^/]+$")

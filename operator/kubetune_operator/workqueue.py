@@ -27,12 +27,33 @@ class WorkQueue:
         self._finished: dict[str, float] = {}
         self._failures: dict[str, int] = {}
         self._available = asyncio.Semaphore(0)
+        self.accepting = True
+        """False where nothing is reconciled: a standby, or an operator that stops. Keys are then not remembered."""
 
     def __len__(self) -> int:
         return len(self._queued)
 
+    @property
+    def busy(self) -> int:
+        """Keys that workers have."""
+        return len(self._active)
+
+    def close(self) -> None:
+        """Take no more keys and give none out; workers finish what they have."""
+        self.accepting = False
+        for timer in self._timers.values():
+            timer.cancel()
+        self._timers.clear()
+        self._urgent.clear()
+        self._ready.clear()
+        self._queued.clear()
+        self._again.clear()
+        self._available = asyncio.Semaphore(0)  # workers that wait on the old one wait for ever
+
     def add(self, key: str, urgent: bool = False) -> None:
         """Ask for the key soon; one that a worker has is given out again afterwards."""
+        if not self.accepting:
+            return
         if key in self._active:
             self._again[key] = self._again.get(key, False) or urgent
         elif urgent:
@@ -43,7 +64,7 @@ class WorkQueue:
 
     def add_later(self, key: str, seconds: float) -> None:
         """Ask for the key after so many seconds, unless it comes up sooner."""
-        if key in self._queued:
+        if key in self._queued or not self.accepting:
             return
         due = self._now() + seconds
         timer = self._timers.get(key)

@@ -89,7 +89,8 @@ def test_values_yaml_shows_every_value_but_those_that_the_operator_has_defaults_
 
 
 REFUSED = {
-    "a value that does not exist": ({"replicas": 2}, "additional properties 'replicas' not allowed"),
+    "a value that does not exist": ({"size": 2}, "additional properties 'size' not allowed"),
+    "more replicas than make sense": ({"replicas": 9}, "maximum: got 9, want 5"),
     "a slip in a group": ({"image": {"repo": "x"}}, "additional properties 'repo' not allowed"),
     "a setting that does not exist": ({"settings": {"resync": 3}}, "additional properties 'resync' not allowed"),
     "a setting out of bounds": ({"settings": {"resyncSeconds": 0}}, "exclusiveMinimum: got 0, want 0"),
@@ -181,6 +182,14 @@ RENDERED = {
         {"trainerImage": {"tag": "2"}},
         lambda found: variables(found)["KUBETUNE_TRAINER_IMAGE"],
         "kubetune-trainer:2",
+    ),
+    "replicas": (
+        {"replicas": 1},
+        lambda found: (
+            found["Deployment", "kubetune"]["spec"]["replicas"],
+            ("PodDisruptionBudget", "kubetune") in found,
+        ),
+        (1, False),
     ),
     "trainerImage.digest": (
         {"trainerImage": {"digest": DIGEST}},
@@ -344,8 +353,9 @@ def test_every_value_has_a_case():
 def settings_of(objects):
     """The settings that the operator reads in this Deployment."""
     found = variables(objects)
-    assert found["KUBETUNE_NAMESPACE"] is None  # the kubelet fills it in
-    return Settings.from_env({**found, "KUBETUNE_NAMESPACE": "ops"})
+    filled_in = {"KUBETUNE_NAMESPACE": "ops", "KUBETUNE_POD_NAME": "kubetune-0", "KUBETUNE_POD_IP": "10.0.0.1"}
+    assert {name for name, value in found.items() if value is None} == set(filled_in)  # by the kubelet
+    return Settings.from_env({**found, **filled_in})
 
 
 def test_the_operator_reads_every_number_as_it_was_set(render):
@@ -378,6 +388,20 @@ def test_the_definition_in_the_chart_is_the_generated_one(render):
     found = crd_of(render())
     assert found["spec"] == generated.custom_resource_definition()["spec"]
     assert found["metadata"]["annotations"] == {"helm.sh/resource-policy": "keep"}
+
+
+def test_two_replicas_share_a_lease_and_are_not_drained_together(render):
+    objects = render()
+    deployment = objects["Deployment", "kubetune"]["spec"]
+    assert (deployment["replicas"], deployment["strategy"]["type"]) == (2, "RollingUpdate")
+    budget = objects["PodDisruptionBudget", "kubetune"]["spec"]
+    assert (budget["selector"], budget["maxUnavailable"]) == (deployment["selector"], 1)
+    (spread,) = pod(objects)["topologySpreadConstraints"]
+    assert spread["labelSelector"] == deployment["selector"]
+    create, rest = objects["Role", "kubetune-lease"]["rules"]
+    assert (create["verbs"], rest["verbs"]) == (["create"], ["get", "watch", "update"])
+    assert rest["resourceNames"] == [settings_of(objects).lease_name]
+    assert objects["Role", "kubetune-lease"]["metadata"]["namespace"] == "ops"
 
 
 def test_a_service_selects_the_operator(render):

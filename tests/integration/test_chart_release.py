@@ -40,7 +40,7 @@ def objects_of(kubectl, release, namespace):
     """Every object of the release, in whatever namespace, as kind/name."""
     kinds = (
         "serviceaccounts,secrets,services,deployments,roles,rolebindings,clusterroles,clusterrolebindings,"
-        "customresourcedefinitions"
+        "customresourcedefinitions,poddisruptionbudgets"
     )
     label = f"app.kubernetes.io/instance={release}"
     found = kubectl("get", kinds, "--all-namespaces", "--selector", label, "--output=name")
@@ -57,6 +57,9 @@ RELEASED = [
     "clusterrolebinding.rbac.authorization.k8s.io/R-N-tokens",
     "customresourcedefinition.apiextensions.k8s.io/finetunejobs.kubetune.io",
     "deployment.apps/R",
+    "poddisruptionbudget.policy/R",
+    "role.rbac.authorization.k8s.io/R-lease",
+    "rolebinding.rbac.authorization.k8s.io/R-lease",
     "secret/R-progress-tls",
     "service/R-progress",
     "serviceaccount/R",
@@ -92,13 +95,16 @@ DENIED = [
 ]
 
 
-def reviews(subject, pairs):
+def reviews(subject, pairs, namespace, name):
     """One SubjectAccessReview for each verb and resource, as a List that one request creates."""
     return [
         {
             "apiVersion": "authorization.k8s.io/v1",
             "kind": "SubjectAccessReview",
-            "spec": {"user": subject, "resourceAttributes": {"namespace": "team", "verb": verb, **split(resource)}},
+            "spec": {
+                "user": subject,
+                "resourceAttributes": {"namespace": namespace, "name": name, "verb": verb, **split(resource)},
+            },
         }
         for verb, resource in pairs
     ]
@@ -110,9 +116,9 @@ def split(resource):
     return {"resource": name, "group": group, **({"subresource": sub} if sub else {})}
 
 
-def may(kubectl, subject, pairs):
+def may(kubectl, subject, pairs, namespace="team", name=""):
     """Which of the pairs the subject may do."""
-    documents = "\n---\n".join(json.dumps(review) for review in reviews(subject, pairs))
+    documents = "\n---\n".join(json.dumps(review) for review in reviews(subject, pairs, namespace, name))
     answer = kubectl("create", "-f", "-", '--output=jsonpath={.status.allowed}{"\\n"}', stdin=documents)
     assert answer.returncode == 0, answer.stderr
     verdicts = answer.stdout.split()
@@ -123,6 +129,16 @@ def may(kubectl, subject, pairs):
 def test_the_operator_may_do_what_it_does_and_no_more(kubectl, release, namespace):
     subject = f"system:serviceaccount:{namespace}:{release}"
     assert may(kubectl, subject, ALLOWED + DENIED) == ALLOWED
+
+
+LEASE = [(verb, "leases.coordination.k8s.io") for verb in ("create", "get", "watch", "update")]
+
+
+def test_it_holds_one_lease_in_its_own_namespace_and_sees_no_other(kubectl, release, namespace):
+    subject = f"system:serviceaccount:{namespace}:{release}"
+    assert may(kubectl, subject, LEASE, namespace, release) == LEASE
+    assert may(kubectl, subject, LEASE, namespace, "other") == LEASE[:1]
+    assert may(kubectl, subject, LEASE, "team", release) == []
 
 
 def test_in_one_namespace_it_may_do_nothing_in_another(kubectl, helm, crd, namespace):

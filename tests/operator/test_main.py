@@ -14,7 +14,8 @@ import aiohttp
 import pytest
 
 from kubetune_contract.progress import Progress, ProgressReport
-from kubetune_operator.__main__ import JsonFormatter, Operator
+from kubetune_operator.__main__ import Operator
+from kubetune_operator.logs import JsonFormatter
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ async def test_an_operator_that_has_not_connected_is_not_ready(operator):
 
 
 async def test_a_report_is_measured_at_once_and_looked_at_when_it_is_time(operator):
+    operator.queue.accepting = True  # as a leader's
     report = ProgressReport(progress=Progress(step=5, total_steps=50, epoch=0.1, percentage=10))
     operator.take_report("team", "bot", 1, "uid", report)
     assert await operator.queue.get() == "team/bot"

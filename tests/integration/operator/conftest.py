@@ -58,6 +58,7 @@ class Operator:
         self.log = folder / "operator.log"
         chosen = {
             "namespace": namespace,
+            "pod_name": namespace,  # a restarted one leads at once
             "watch_namespace": namespace,
             "operator_name": namespace,  # another operator on this cluster leaves our jobs alone
             "trainer_image": "registry.invalid/trainer:1",

@@ -141,6 +141,6 @@ async def test_a_server_that_is_not_there_is_unreachable(connect, server):
 
 
 async def test_an_answer_that_is_no_status_is_told_by_its_reason(cluster, server):
-    server.answers = [web.Response(status=429, text="slow down", reason="Too Many Requests")]
-    with pytest.raises(ApiError, match="429: Too Many Requests"):
+    server.answers = [web.Response(status=418, text="slow down", reason="I am a teapot")]
+    with pytest.raises(ApiError, match="418: I am a teapot"):
         await cluster.list_finetunejobs()

@@ -1,6 +1,6 @@
 """All drills, in the order of the table."""
 
-from tests.drills import bounds, errors, fetching, lifecycle, losses, obstacles, outage
+from tests.drills import bounds, errors, fetching, lifecycle, losses, obstacles, outage, sharing
 
 DRILLS = (
     *lifecycle.DRILLS,
@@ -8,6 +8,7 @@ DRILLS = (
     *errors.DRILLS,
     *obstacles.DRILLS,
     *fetching.DRILLS,
+    *sharing.DRILLS,
     *losses.DRILLS,
     *outage.DRILLS,
 )

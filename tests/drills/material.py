@@ -24,6 +24,7 @@ def write(root: Path) -> Path:
     (root / "mute" / "tokenizer.json").unlink()
     spoil(shutil.copytree(root / "tiny", root / "nan") / "model.safetensors")
     write_data(root / "data")
+    shutil.copy(root / "data" / "train.jsonl", root / "hub")  # the hub's repository is one of data too
     return root
 
 

@@ -148,8 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         following = f"<NextContinuationToken>{start + PAGE}</NextContinuationToken>" if more else ""
         self._send(
             200,
-            f'<?xml version="1.0"?><ListBucketResult><IsTruncated>{str(more).lower()}</IsTruncated>'
-            f"<EncodingType>url</EncodingType><KeyCount>{len(page)}</KeyCount>{following}{items}</ListBucketResult>",
+            f'<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
+            f"<Name>{BUCKET}</Name><Prefix>{escape(quote(query.get('prefix', '')))}</Prefix><MaxKeys>{PAGE}</MaxKeys>"
+            f"<IsTruncated>{str(more).lower()}</IsTruncated><EncodingType>url</EncodingType><KeyCount>{len(page)}</KeyCount>{following}{items}</ListBucketResult>",
         )
 
     def _item(self, key: str) -> str:
@@ -157,7 +158,8 @@ class _Handler(BaseHTTPRequestHandler):
         content = file.read_bytes() if file.is_file() else b""
         return (
             f"<Contents><Key>{escape(quote(key))}</Key><Size>{len(content)}</Size>"
-            f"<ETag>&quot;{self.server.etag(content)}&quot;</ETag></Contents>"
+            f"<ETag>&quot;{self.server.etag(content)}&quot;</ETag><StorageClass>STANDARD</StorageClass>"
+            "<LastModified>2030-01-01T12:00:00.000Z</LastModified></Contents>"
         )
 
     def _object(self, key: str, query: dict[str, str]) -> None:
@@ -175,6 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
             stop = min(stop, self.server.part)
         self.send_response(206 if (start, stop) != (0, len(content)) else 200)
         self.send_header("ETag", f'"{etag}"')
+        self.send_header("Last-Modified", "Tue, 01 Jan 2030 12:00:00 GMT")
         self.send_header("Content-Length", str(stop - start))
         self.send_header("Content-Range", f"bytes {start}-{stop - 1}/{len(content)}")
         if self.server.kms:

@@ -1,6 +1,6 @@
 """Files from a bucket that speaks S3: Amazon's, MinIO, Ceph and others.
 
-The client is botocore, imported when a source is in a bucket. Nothing here imports torch.
+The client is MinIO's own, imported when a source is in a bucket. Nothing here imports torch.
 """
 
 import re
@@ -11,12 +11,15 @@ from functools import partial
 from typing import Any, BinaryIO, Final
 
 from kubetune_trainer.remote import SourceDeniedError, SourceUnavailableError, Words
-from kubetune_trainer.transfer import Digest, RemoteFile
+from kubetune_trainer.transfer import PARALLEL, Digest, RemoteFile
 
-_CHUNK: Final = 1 << 20
+_CHUNK: Final = 1 << 16
+"""Bytes that a broken connection may cost."""
 _CONNECT_SECONDS: Final = 15
 _READ_SECONDS: Final = 60
 _TRIES: Final = 4
+_RETRIED: Final = (500, 502, 503, 504)
+_AMAZON: Final = "https://s3.amazonaws.com"
 _MD5: Final = re.compile(r"([0-9a-f]{32})(?:-([0-9]+))?")
 
 
@@ -61,13 +64,12 @@ class BucketReader:
         found: dict[str, Any] = {}
         prefix = self.source.prefix
         with self._errors():
-            for page in self._client.get_paginator("list_objects_v2").paginate(Bucket=self.source.name, Prefix=prefix):
-                for item in page.get("Contents", ()):
-                    key = item["Key"]
-                    if key == prefix:
-                        found[key.rpartition("/")[2]] = item
-                    elif not key.endswith("/") and key.startswith(f"{prefix}/" if prefix else ""):
-                        found[key.removeprefix(prefix).removeprefix("/")] = item
+            for item in self._client.list_objects(self.source.name, prefix=prefix, recursive=True):
+                key = item.object_name
+                if key == prefix:
+                    found[key.rpartition("/")[2]] = item
+                elif not key.endswith("/") and key.startswith(f"{prefix}/" if prefix else ""):
+                    found[key.removeprefix(prefix).removeprefix("/")] = item
         if not found:
             raise SourceDeniedError(f"{self.source} holds no objects: correct {self._words.place}")
         return found
@@ -77,13 +79,13 @@ class BucketReader:
         return [self._file(path, listed[path]) for path in chosen]
 
     def _file(self, path: str, item: Any) -> RemoteFile:
-        etag = item["ETag"].strip('"')
+        etag = item.etag.strip('"')
         return RemoteFile(
             path=path,
-            size=item["Size"],
+            size=item.size,
             version=etag,
-            digest=self._digest(item["Key"], item["Size"], etag),
-            bring=partial(self._bring, item["Key"], item["ETag"]),
+            digest=self._digest(item.object_name, item.size, etag),
+            bring=partial(self._bring, item.object_name, etag),
         )
 
     def _digest(self, key: str, size: int, etag: str) -> Digest | None:
@@ -96,40 +98,48 @@ class BucketReader:
             return None
         count = int(known[2] or 0)
         with self._errors():
-            part = {"PartNumber": 1} if count else {}
-            head = self._client.head_object(Bucket=self.source.name, Key=key, **part)
-        if str(head.get("ServerSideEncryption", "")).startswith("aws:kms"):
+            part = {"partNumber": "1"} if count else None
+            head = self._client.stat_object(self.source.name, key, extra_query_params=part)
+        if head.metadata.get("x-amz-server-side-encryption", "").startswith("aws:kms"):
             return None
         if not count:
             return Digest("md5", known[1])
-        first = head["ContentLength"]
-        return Digest("md5", known[1], first) if first and -(-size // first) == count else None
+        return Digest("md5", known[1], head.size) if head.size and -(-size // head.size) == count else None
 
     def _bring(self, key: str, etag: str, stream: BinaryIO, start: int) -> None:
         with self._errors():
-            wanted = {"Range": f"bytes={start}-"} if start else {}
-            answer = self._client.get_object(Bucket=self.source.name, Key=key, IfMatch=etag, **wanted)
-            for chunk in answer["Body"].iter_chunks(_CHUNK):
-                stream.write(chunk)
+            same = {"If-Match": f'"{etag}"'}
+            answer = self._client.get_object(self.source.name, key, offset=start, request_headers=same)
+            try:
+                for chunk in answer.stream(_CHUNK):
+                    stream.write(chunk)
+            finally:
+                answer.close()
+                answer.release_conn()
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
         """The client's errors become SourceDeniedError or SourceUnavailableError."""
-        from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+        from minio.error import InvalidResponseError, S3Error, ServerError
+        from urllib3.exceptions import HTTPError
 
         try:
             yield
-        except ClientError as error:
-            raise self._refusal(error.response) from error
-        except (BotoCoreError, HTTPClientError) as error:
+        except S3Error as error:
+            raise self._refusal(error.response.status, error.code or "", error.response.headers) from error
+        except (ServerError, InvalidResponseError) as error:
+            told = SourceUnavailableError if getattr(error, "status_code", 0) >= 500 else SourceDeniedError
+            raise told(f"{self.source} does not answer as S3 does: {error}") from error
+        except ValueError as error:
+            raise SourceDeniedError(f"{self.source} does not answer as S3 does: {error}") from error
+        except HTTPError as error:
             raise SourceUnavailableError(f"{self.source} cannot be reached: {error}") from error
 
-    def _refusal(self, response: Any) -> Exception:
-        status, code = response["ResponseMetadata"]["HTTPStatusCode"], response["Error"].get("Code", "")
-        region = response["ResponseMetadata"].get("HTTPHeaders", {}).get("x-amz-bucket-region")
+    def _refusal(self, status: int, code: str, headers: Mapping[str, str]) -> Exception:
+        region = headers.get("x-amz-bucket-region")
         if region is not None and region != self.source.region and status in (301, 400):
             return SourceDeniedError(f"{self.source} is in region {region}: set {self._words.region}")
-        told = f"(HTTP {status}{'' if code == str(status) else f', {code}'})"
+        told = f"(HTTP {status}{f', {code}' if code else ''})"
         if status in (401, 403):
             return SourceDeniedError(
                 f"{self.source} may not be read {told}: {self._words.authorize.format(which='keys that may')}"
@@ -138,31 +148,30 @@ class BucketReader:
             return SourceDeniedError(f"{self.source} does not exist {told}: correct {self._words.place}")
         if status == 412:
             return SourceUnavailableError(f"{self.source} has changed meanwhile; a retry takes it as it is then")
-        if 400 <= status < 500 and status not in (408, 429):
-            words = response["Error"].get("Message", "")
-            return SourceDeniedError(f"{self.source} cannot be read {told}: {words}; check {self._words.place}")
+        if 300 <= status < 500 and status not in (408, 429):
+            return SourceDeniedError(f"{self.source} cannot be read {told}: check {self._words.place}")
         return SourceUnavailableError(f"{self.source} is not served now {told}")
 
 
 def _client(source: Bucket, environment: Mapping[str, str]) -> Any:
-    import botocore
-    from botocore.config import Config
-    from botocore.session import Session
+    import certifi
+    from minio import Minio
+    from urllib3 import PoolManager, Retry, Timeout
 
-    keys = environment.get("AWS_ACCESS_KEY_ID"), environment.get("AWS_SECRET_ACCESS_KEY")
-    return Session().create_client(
-        "s3",
-        region_name=source.region,
-        endpoint_url=source.endpoint,
-        aws_access_key_id=keys[0],
-        aws_secret_access_key=keys[1],
-        aws_session_token=environment.get("AWS_SESSION_TOKEN"),
-        config=Config(
-            signature_version="s3v4" if all(keys) else botocore.UNSIGNED,
-            connect_timeout=_CONNECT_SECONDS,
-            read_timeout=_READ_SECONDS,
-            retries={"mode": "standard", "total_max_attempts": _TRIES},
-            s3={"addressing_style": "path" if source.endpoint else "auto"},
-            response_checksum_validation="when_required",  # the whole object's; a part of it has none
+    endpoint = source.endpoint or _AMAZON
+    retry = Retry(total=_TRIES - 1, backoff_factor=0.5, status_forcelist=_RETRIED, raise_on_status=False)
+    return Minio(
+        endpoint.partition("://")[2].rstrip("/"),
+        access_key=environment.get("AWS_ACCESS_KEY_ID"),
+        secret_key=environment.get("AWS_SECRET_ACCESS_KEY"),
+        session_token=environment.get("AWS_SESSION_TOKEN"),
+        secure=endpoint.startswith("https://"),
+        region=source.region,
+        http_client=PoolManager(
+            timeout=Timeout(connect=_CONNECT_SECONDS, read=_READ_SECONDS),
+            maxsize=PARALLEL,
+            cert_reqs="CERT_REQUIRED",
+            ca_certs=environment.get("SSL_CERT_FILE") or certifi.where(),
+            retries=retry,
         ),
     )

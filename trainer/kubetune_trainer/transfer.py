@@ -23,7 +23,7 @@ from kubetune_trainer.remote import SourceDeniedError, SourceUnavailableError, W
 PARTIAL: Final = ".cache/kubetune"
 """Folder of half files, in the folder of the whole ones."""
 
-_PARALLEL: Final = 8
+PARALLEL: Final = 8
 """Files on their way at once, as in huggingface_hub."""
 
 _CHUNK: Final = 1 << 20
@@ -117,7 +117,7 @@ def transfer(files: Sequence[RemoteFile], folder: Path, words: Words) -> None:
     Files that are there and whole are kept; one that is damaged is brought again.
     """
     keep_inside(file.path for file in files)
-    with ThreadPoolExecutor(_PARALLEL) as pool:
+    with ThreadPoolExecutor(PARALLEL) as pool:
         whole = list(pool.map(lambda file: file.lies_in(folder), files))
         missing = [file for file, there in zip(files, whole, strict=True) if not there]
         for file in missing:

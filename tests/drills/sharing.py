@@ -1,4 +1,4 @@
-"""Drills: what lies on the models claim is shared, believed only while its digests hold, and judged before GPUs are held."""
+"""Drills: what lies on the models claim is shared, and believed by its digests; who does not fit is told early."""
 
 import json
 from typing import Any

@@ -132,10 +132,25 @@ class Operator:
             return
         context = server_context(certificate, key)
         assert self.cluster is not None
-import uuid
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from typing import Final
+        authenticate = await self._authenticator(self.cluster)
+        server = ProgressServer(authenticate, self.cluster.pods.get, self.take_report)
+        await serve(server.app(), self.settings.progress_port, context)
+        self._refresh = asyncio.create_task(keep_certificate_fresh(context, certificate, key))
+
+    async def _authenticator(self, cluster: Cluster) -> Callable[[str], Awaitable[PodIdentity | None]]:
+        if self.settings.progress_auth == "TokenReview":
+            return cluster.review_token
+        verifier = TokenVerifier(cluster.connection)
+        try:
+            await verifier.refresh()
+        except OperatorError as error:
+            log.error(
+                "training runs without progress reports, whose tokens cannot be checked yet: %s. "
+                "Every service account may read the cluster's keys by default: see that ClusterRole "
+                "system:service-account-issuer-discovery is bound to system:serviceaccounts",
+                error,
+            )
+        return verifier.identify
 
     def is_ready(self) -> bool:
         """Whether the caches are complete and FineTuneJobs are watched."""

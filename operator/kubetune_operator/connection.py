@@ -34,6 +34,8 @@ THROTTLED_TRIES: Final = 4
 LONGEST_THROTTLE_SECONDS: Final = 10.0
 """The longest wait between two of these tries, whatever the server asks for."""
 JSON: Final = "application/json"
+ACCEPT: Final = f"{JSON}, application/jwk-set+json"
+"""The second is what the cluster's public keys come as, and only as that."""
 APPLY: Final = "application/apply-patch+yaml"
 MERGE: Final = "application/merge-patch+json"
 
@@ -161,7 +163,7 @@ class Connection:
             method=method,
             resource_path=path,
             query_params=list((query or {}).items()),
-            header_params={"Accept": JSON, "Content-Type": content_type},
+            header_params={"Accept": ACCEPT, "Content-Type": content_type},
             body=body,
             auth_settings=["BearerToken"],
         )

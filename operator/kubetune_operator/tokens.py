@@ -13,6 +13,7 @@ import jwt
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_operator.connection import Connection
+from kubetune_operator.errors import OperatorError
 
 ISSUER_PATH: Final = "/.well-known/openid-configuration"
 KEYS_PATH: Final = "/openid/v1/jwks"
@@ -41,12 +42,18 @@ class TokenVerifier:
         self._issuer = ""
         self._keys: dict[str, jwt.PyJWK] = {}
         self._due = 0.0
+        self._failure: OperatorError | None = None
 
     async def refresh(self) -> None:
         """Read issuer and keys. Raises OperatorError if the API server does not show them."""
         self._due = self._clock() + REFRESH_SECONDS
-        self._issuer = (await self._connection.request("GET", ISSUER_PATH))["issuer"]
-        found = jwt.PyJWKSet.from_dict(await self._connection.request("GET", KEYS_PATH))
+        try:
+            self._issuer = (await self._connection.request("GET", ISSUER_PATH))["issuer"]
+            found = jwt.PyJWKSet.from_dict(await self._connection.request("GET", KEYS_PATH))
+        except OperatorError as error:
+            self._failure = error
+            raise
+        self._failure = None
         self._keys = {key.key_id: key for key in found.keys if key.key_id is not None}
 
     async def identify(self, token: str) -> PodIdentity | None:
@@ -61,6 +68,8 @@ class TokenVerifier:
         if name not in self._keys and self._clock() >= self._due:
             await self.refresh()
         key = self._keys.get(name)
+        if key is None and self._failure is not None:
+            raise self._failure
         return None if key is None else _identity(token, key, self._issuer)
 
 

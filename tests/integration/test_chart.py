@@ -341,6 +341,7 @@ NUMBERS = {
     "lostNodeGraceSeconds": 90,
     "progressWriteSeconds": 2,
     "debounceSeconds": 0.25,
+    "stagedTrustSeconds": 60,
     "workers": 4,
 }
 

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -20,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 from kube import Kube, events
 from tests.integration.operator.server import Account, Proxy
 
-from kubetune_contract.progress import Result, TerminationMessage
+from kubetune_contract.progress import ProgressReport, Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
 from kubetune_operator.names import OPERATOR_LABEL
 
@@ -253,15 +258,68 @@ def _now() -> str:
 
 
 @pytest.fixture
+def tls(tmp_path: Path) -> dict[str, str]:
+    """Settings of a progress endpoint on this machine, with a certificate of its own."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = dt.datetime.now(dt.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - dt.timedelta(minutes=1))
+        .not_valid_after(now + dt.timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    pem = serialization.Encoding.PEM
+    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    (tmp_path / "tls.crt").write_bytes(certificate.public_bytes(pem))
+    (tmp_path / "tls.key").write_bytes(private)
+    port = free_port()
+    return {
+        "progress_port": str(port),
+        "progress_url": f"https://localhost:{port}",
+        "ca_file": str(tmp_path / "tls.crt"),
+        "tls_cert_file": str(tmp_path / "tls.crt"),
+        "tls_key_file": str(tmp_path / "tls.key"),
+    }
+
+
+@pytest.fixture
+def post() -> Callable[..., int]:
+    """post(tls, path, token, report): report as a trainer does; the answer's code."""
+
+    def send(tls: dict[str, str], path: str, token: str, report: ProgressReport) -> int:
+        request = urllib.request.Request(f"{tls['progress_url']}{path}", data=report.to_json().encode(), method="POST")
+        request.add_header("Authorization", f"Bearer {token}")
+        context = ssl.create_default_context(cafile=tls["ca_file"])
+        try:
+            with urllib.request.urlopen(request, timeout=10, context=context) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            error.close()
+            return error.code
+
+    return send
+
+
+@pytest.fixture
 def drill(kube: Kube, crd: str, manifest: Callable[..., Object], tmp_path: Path) -> Iterator[Callable[..., Drill]]:
-    """drill(**settings): a running operator in a namespace of the test's own, before it a proxy if `proxied`."""
+    """drill(**settings): a running operator in a namespace of the test's own, before it a proxy if `proxied`.
+
+    `login` gets the namespace and returns the kubeconfig of the account under which the operator runs.
+    """
     made: list[Drill] = []
 
-    def make(proxied: bool = False, **settings: str) -> Drill:
+    def make(proxied: bool = False, login: Callable[[str], Path] | None = None, **settings: str) -> Drill:
         namespace = f"kubetune-it-{uuid.uuid4().hex[:8]}"
         kube.kubectl("create", "namespace", namespace)
         proxy = Proxy(Account.of(kube.config), tmp_path) if proxied else None
-        config = proxy.start() if proxy is not None else kube.config
+        config = proxy.start() if proxy is not None else login(namespace) if login is not None else kube.config
         made.append(Drill(kube, namespace, Operator(config, namespace, tmp_path, **settings), manifest, proxy))
         made[-1].operator.start()
         return made[-1]

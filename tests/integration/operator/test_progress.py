@@ -2,18 +2,10 @@
 
 import datetime as dt
 import json
-import socket
-import ssl
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport
@@ -22,56 +14,10 @@ pytestmark = pytest.mark.integration
 Object = dict[str, Any]
 
 
-@pytest.fixture
-def tls(tmp_path: Path) -> dict[str, str]:
-    """Settings of a progress endpoint on this machine, with a certificate of its own."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
-    now = dt.datetime.now(dt.UTC)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - dt.timedelta(minutes=1))
-        .not_valid_after(now + dt.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (tmp_path / "tls.crt").write_bytes(certificate.public_bytes(pem))
-    (tmp_path / "tls.key").write_bytes(private)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return {
-        "progress_port": str(port),
-        "progress_url": f"https://localhost:{port}",
-        "ca_file": str(tmp_path / "tls.crt"),
-        "tls_cert_file": str(tmp_path / "tls.crt"),
-        "tls_key_file": str(tmp_path / "tls.key"),
-    }
-
-
-def post(tls: dict[str, str], path: str, token: str, report: ProgressReport) -> int:
-    """Post as a trainer does; the answer's code."""
-    request = urllib.request.Request(f"{tls['progress_url']}{path}", data=report.to_json().encode(), method="POST")
-    request.add_header("Authorization", f"Bearer {token}")
-    context = ssl.create_default_context(cafile=tls["ca_file"])
-    try:
-        with urllib.request.urlopen(request, timeout=10, context=context) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        error.close()
-        return error.code
-
-
-def test_a_worker_reports_on_its_own_attempt_and_on_nothing_else(drill, tls):
+@pytest.mark.parametrize("auth", ["TokenReview", "KeySet"])
+def test_a_worker_reports_on_its_own_attempt_and_on_nothing_else(drill, tls, post, auth):
     """Tokens are bound to pods by the API server, as the kubelet would ask for them."""
-    drill = drill(**tls)
+    drill = drill(**tls, progress_auth=auth)
     pods = drill.running("mine")
     drill.submit("other")
     checkpoint = CheckpointStatus(step=10, path="checkpoints/step-10", time=dt.datetime(2030, 1, 1, tzinfo=dt.UTC))
@@ -103,7 +49,7 @@ def test_a_worker_reports_on_its_own_attempt_and_on_nothing_else(drill, tls):
     assert config["data"]["ca.crt"] == Path(tls["ca_file"]).read_text()
 
 
-def test_steps_that_no_checkpoint_holds_are_taken_back_with_the_gang(drill, tls):
+def test_steps_that_no_checkpoint_holds_are_taken_back_with_the_gang(drill, tls, post):
     drill = drill(**tls)
     pods = drill.running()
     bound = ["--bound-object-kind=Pod", f"--bound-object-name={pods[0]['metadata']['name']}"]

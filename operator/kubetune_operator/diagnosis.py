@@ -8,7 +8,6 @@ from enum import IntEnum
 from typing import Any, Final, NamedTuple
 
 from pydantic import ValidationError
-from pydantic.alias_generators import to_camel
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import as_in_manifests
@@ -23,9 +22,6 @@ LOG_LINES: Final = 12
 """Last lines of a log that are worth quoting."""
 
 _EXIT_CODE: Final = re.compile(r"failed with exit code (\d+)")
-_FIELD: Final = re.compile(
-    r"\b(method|adapter|quantization|dpo|training|checkpoint|export|logging|profiler|dataset|validation)\.([a-z0-9_]+)"
-)
 _LEAVING: Final = frozenset({ExitCode.SAVED, ExitCode.PEER_LOST, 128 + signal.SIGTERM, 128 + signal.SIGABRT})
 """NCCL's watchdog aborts a process that has lost a peer."""
 
@@ -289,7 +285,7 @@ def _told(cause: Cause, pod: Manifest, events: Events) -> Ending:
     if cause is Cause.UNCLEAR:
         return Ending(cause, "PodDeleted", "A worker's pod was deleted")
     if cause is Cause.USER_ERROR and word is not None:
-        return Ending(cause, word.reason, _in_manifest(word.message))
+        return Ending(cause, word.reason, word.message)
     if _is_over_limit(pod):
         told = f"{who} was ended by {node_of(pod)}: {pod['status'].get('message', '').strip()}"
         remedy = "Raise ephemeral-storage under workers.resources.limits: /tmp and all that is not a volume count"
@@ -309,7 +305,7 @@ def _by_code(cause: Cause, pod: Manifest, who: str, word: TerminationMessage | N
         return Ending(cause, "OOMKilled", f"{message} ({_out_of_memory(pod, container)}", _log(pod, state, word))
     message += _signal(code)
     if word is not None:
-        return Ending(cause, word.reason, f"{message}: {_in_manifest(word.message)}", word.log or "")
+        return Ending(cause, word.reason, f"{message}: {word.message}", word.log or "")
     reason = reason_of(code) if container == CONTAINER else ExitCode.CRASH.reason
     return Ending(cause, reason, message, _log(pod, state, word))
 
@@ -340,11 +336,6 @@ def _signal(code: int) -> str:
         return " (SIGABRT: on GPUs it is NCCL's watchdog that aborts a process whose peer is gone or silent)"
     known = {128 + number: number.name for number in (signal.SIGSEGV, signal.SIGBUS, signal.SIGTERM)}
     return f" ({known[code]})" if code in known else ""
-
-
-def _in_manifest(text: str) -> str:
-    """The trainer's words with the run's fields spelt as in the manifest."""
-    return _FIELD.sub(lambda field: f"{field[1]}.{to_camel(field[2])}", text)
 
 
 def _disrupted(pod: Manifest, events: Events) -> Ending:

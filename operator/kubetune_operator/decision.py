@@ -27,7 +27,16 @@ from kubetune_operator.diagnosis import (
 from kubetune_operator.names import ATTEMPT_LABEL, QUEUE_LABEL
 from kubetune_operator.obstacles import Obstacle, inquiries, not_created, obstacle
 from kubetune_operator.settings import Settings
-from kubetune_operator.status import clipped, clock_stopped, find, is_true, seconds_of, state_of, with_condition
+from kubetune_operator.status import (
+    clipped,
+    clock_stopped,
+    find,
+    is_true,
+    readable_bytes,
+    seconds_of,
+    state_of,
+    with_condition,
+)
 
 TRUSTED_SECONDS: Final = 300.0
 """Age of the last look at a ConfigMap or Service, which are not watched, after which it is looked at again."""
@@ -251,7 +260,7 @@ class Decision:
             self.inquire(about(first))
         why = ending(child, pods, self.observed.events)
         lost = self.lost(pods) if why is not None and why.cause in (Cause.LEFT, Cause.UNCLEAR) else None
-        return lost or why
+        return lost or (why and self._with_estimate(why))
 
     def lost(self, pods: list[Manifest]) -> Ending | None:
         """The end of an attempt one of whose pods stays Terminating; until its grace is over, look again then.
@@ -267,6 +276,14 @@ class Decision:
                 return node_lost(pod)
             self.look_again_at(due + timedelta(seconds=grace))
         return None
+
+    def _with_estimate(self, why: Ending) -> Ending:
+        """A worker on the CPU that ran out of memory is told what it was expected to need."""
+        expected = self.status.estimate
+        if why.reason != "OOMKilled" or expected is None or expected.device != "Pod":
+            return why
+        needs = f"A step takes at most {readable_bytes(expected.bytes)} by the estimate"
+        return why._replace(message=f"{ended(why.message)} {needs}")
 
     def disruption(self, pod: Manifest) -> tuple[str, str]:
         """Reason and sentence of a pod that is being taken away from outside."""

@@ -54,7 +54,8 @@ _OLD: Final = frozenset({"Scheduled", "FailedScheduling", "Created", "Started", 
 _MISSING_CLAIM: Final = re.compile(r'persistentvolumeclaim "([^"]+)" not found')
 _UNBOUND: Final = "unbound immediate PersistentVolumeClaims"
 _BACK_OFF: Final = re.compile(r'^Back-off pulling image "[^"]*"(: ErrImagePull: )?')
-_REFUSED_POD: Final = re.compile(r'^(Error creating: )?(pods "[^"]*" (is forbidden|was not created)?:? ?)?')
+_REFUSED_POD: Final = re.compile(r'^(Error creating: )?([Pp]ods? "[^"]*" (is forbidden|is invalid): )?')
+"""The pod's name is another one each time."""
 _REFUSED_OBJECT: Final = re.compile(r'^\S+ "[^"]*" is forbidden: ')
 _MISSING_KEY: Final = re.compile(r"couldn't find key (\S+) in (Secret|ConfigMap) [^/]+/(\S+)")
 _MISSING_OBJECT: Final = re.compile(r'\b(secret|configmap) "([^"]+)" not found')
@@ -279,6 +280,7 @@ _ADMISSION: Final = (
     ("violates PodSecurity", "Have the namespace's Pod Security level changed, or drop what it forbids."),
     ("failed calling webhook", "The webhook does not answer: whoever runs it must repair it."),
     ("denied the request", "Ask whoever runs the webhook, or change what it objects to."),
+    ("less than or equal to memory limit", "A LimitRange of the namespace bounds it: stay within it, or raise it."),
     (" usage per ", "A LimitRange of the namespace bounds it: stay within it under workers.resources."),
     ("service account", "Create the ServiceAccount, or name one that exists."),
     ("serviceaccount", "Create the ServiceAccount, or name one that exists."),

@@ -496,6 +496,13 @@ REFUSED = [
         "A LimitRange of the namespace bounds it",
     ),
     (
+        "real: a LimitRange whose default limit is too small",
+        'Pod "kubetune-stage-2912-mdtvb" is invalid: spec.containers[0].resources.requests: Invalid value: "256Mi": '
+        "must be less than or equal to memory limit of 16Mi",
+        "AdmissionDenied",
+        'pods cannot be created: spec.containers[0].resources.requests: Invalid value: "256Mi": must be less',
+    ),
+    (
         "real: no such ServiceAccount",
         'pods "bot-a1-0-" is forbidden: error looking up service account team/no: serviceaccount "no" not found',
         "AdmissionDenied",

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from kubetune_contract.progress import TerminationMessage
+from kubetune_operator.api import MemoryEstimate
 
 SAVED = TerminationMessage(reason="Saved", message="The run was stopped and saved.").to_json()
 PEER = TerminationMessage(reason="PeerLost", message="Lost the connection to another worker.").to_json()
@@ -386,3 +387,13 @@ def test_a_job_that_ends_before_it_ran_says_nothing_of_running(world, told):
     decided = world.plan()
     assert told(decided, "Running") is None
     assert decided.status.state == "Starting"
+
+
+def test_too_little_memory_is_compared_with_the_estimate(world, told):
+    parts = {name: 0 for name in MemoryEstimate.model_fields if name not in ("device", "bytes", "available")}
+    world.with_spec(workers={"nodes": 2, "resources": {"limits": {"memory": "2Gi"}}}).running()
+    world.ends(1, 137, reason="OOMKilled").ends(0, 143).fails()
+    world.with_status(estimate={"device": "Pod", "bytes": 5_200_000_000, **parts})
+    assert "A step takes at most 5.2 GB by the estimate. Attempt 2 starts" in told(world.plan(), "Started")[2]
+    world.with_status(estimate={"device": "GPU", "bytes": 5_200_000_000, **parts})
+    assert "by the estimate" not in told(world.plan(), "Started")[2], "it is about other memory"

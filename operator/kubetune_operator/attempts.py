@@ -19,6 +19,7 @@ from kubetune_operator.diagnosis import (
     is_lost,
     is_ready,
     last_word,
+    node_of,
 )
 from kubetune_operator.names import GANG_ANNOTATION, job_name, output_path
 from kubetune_operator.queueing import is_held, is_queued, leave, wait
@@ -166,13 +167,14 @@ def _tidy(turn: Decision) -> None:
 
 def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
     job = turn.job
+    turn.withdraw("Suspended", "Resumed", RESUMED)
     change = changed(job.spec, child["metadata"].get("annotations", {}).get(GANG_ANNOTATION) or gang(job.spec))
     if change is not None:
-        turn.withdraw("Suspended", "Resumed", RESUMED)
         replace(turn, change)
         return
+    if _lost_worker(turn):
+        return
     turn.suspend(child, suspended=False)
-    turn.withdraw("Suspended", "Resumed", RESUMED)
     turn.apply(config_map(job, run_config(job), ca_pem), service(job))
     if is_held(child):
         wait(turn, child)
@@ -189,6 +191,18 @@ def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
         _say_running(turn, pods)
     else:
         _say_starting(turn, child, pods, up)
+
+
+def _lost_worker(turn: Decision) -> bool:
+    """End an attempt whose pod does not go from a node that is lost: its Job waits for that pod, and does not fail."""
+    now, grace = turn.now, turn.settings.lost_node_grace_seconds
+    lost = [pod for pod in turn.workers_of(turn.attempt) if is_live(pod) and is_lost(pod, now, grace)]
+    if not lost:
+        return False
+    node = node_of(lost[0])
+    words = f"Worker {index_of(lost[0])}'s pod was deleted and does not end: {node} does not answer"
+    end(turn, Ending(Cause.DISRUPTION, "NodeLost", words))
+    return True
 
 
 def _take_report(turn: Decision) -> None:

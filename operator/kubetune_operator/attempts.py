@@ -19,7 +19,7 @@ from kubetune_operator.diagnosis import (
     is_lost,
     is_ready,
     last_word,
-    node_of,
+    node_lost,
 )
 from kubetune_operator.names import GANG_ANNOTATION, job_name, output_path
 from kubetune_operator.queueing import is_held, is_queued, leave, wait
@@ -199,9 +199,7 @@ def _lost_worker(turn: Decision) -> bool:
     lost = [pod for pod in turn.workers_of(turn.attempt) if is_live(pod) and is_lost(pod, now, grace)]
     if not lost:
         return False
-    node = node_of(lost[0])
-    words = f"Worker {index_of(lost[0])}'s pod was deleted and does not end: {node} does not answer"
-    end(turn, Ending(Cause.DISRUPTION, "NodeLost", words))
+    end(turn, node_lost(lost[0]))
     return True
 
 

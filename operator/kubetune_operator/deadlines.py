@@ -9,7 +9,6 @@ from typing import Final
 
 from kubetune_operator.decision import Decision
 from kubetune_operator.diagnosis import Cause, Ending, Manifest, condition, ended, ending_condition, is_deleting
-from kubetune_operator.queueing import is_held
 from kubetune_operator.status import active_seconds, clock_stopped, counted, find, is_finished, seconds_of
 from kubetune_operator.verdicts import end
 
@@ -19,24 +18,25 @@ NO_REPORTS: Final = (
 )
 
 
-def keep_time(turn: Decision) -> None:
-    """Start or stop the clock of activeDeadlineSeconds."""
-    child = _child(turn)
-    counts = not turn.job.spec.suspend and not (child is not None and is_held(child))
-    if counts and turn.status.active_since is None:
-        turn.set(active_since=seconds_of(turn.now))
-    elif not counts and turn.status.active_since is not None:
-        turn.status = clock_stopped(turn.status, turn.now)
-
-
 def enforce(turn: Decision) -> None:
     """End what has taken too long. Comes after all other decisions: what has happened beats what is late."""
-    if not is_finished(turn.status):
-        _progress(turn)
+    if is_finished(turn.status):
+        return
+    _keep_time(turn)
+    _progress(turn)
     if not is_finished(turn.status):
         _startup(turn)
     if not is_finished(turn.status):
         _active(turn)
+
+
+def _keep_time(turn: Decision) -> None:
+    """Start or stop the clock of activeDeadlineSeconds."""
+    counts = not turn.job.spec.suspend and not turn.queued
+    if counts and turn.status.active_since is None:
+        turn.set(active_since=seconds_of(turn.now))
+    elif not counts and turn.status.active_since is not None:
+        turn.status = clock_stopped(turn.status, turn.now)
 
 
 def _active(turn: Decision) -> None:

@@ -152,6 +152,8 @@ class Decision:
         self._trusted_seconds = TRUSTED_SECONDS
         self.waiting_for: ConditionType | None = None
         """The condition that says why the staging pod or the workers are not up, while they are waited for."""
+        self.queued = False
+        """Whether a queue holds the job back: it waits for nobody else, and its time does not count."""
         self._requeue_after: float | None = None
         self._inquiries: list[Inquiry] = []
 

@@ -45,7 +45,6 @@ def plan(job: FineTuneJob, observed: Observed, settings: Settings, now: datetime
     if refused:
         turn.fail("InvalidConfig", in_one_sentence(refused))
         return turn.plan()
-    deadlines.keep_time(turn)
     if not staging.is_complete(turn):
         staging.stage(turn)
     if staging.is_complete(turn):

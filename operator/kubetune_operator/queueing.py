@@ -27,7 +27,7 @@ def is_held(child: Manifest) -> bool:
 
 def told(turn: Decision, child: Manifest) -> str:
     """What the Job waits for, in Kueue's words where it has said any."""
-    about = _workload(child)
+    about, turn.queued = _workload(child), True
     turn.inquire(about)
     name, queue = child["metadata"]["name"], child["metadata"]["labels"][QUEUE_LABEL]
     words = _pending(turn.observed.events.get(about, ()))

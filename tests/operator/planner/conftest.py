@@ -9,6 +9,7 @@ import pytest
 
 from kubetune_contract.progress import CheckpointStatus, Progress, ProgressReport, Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
+from kubetune_operator.conditions import is_known
 from kubetune_operator.contents import contents
 from kubetune_operator.decision import StageView
 from kubetune_operator.plan import Observed, Plan, plan
@@ -226,8 +227,12 @@ class World:
         return {view.job["metadata"]["name"]: view for view in (*model, *self.data_stages)}
 
     def plan(self) -> Plan:
-        """What the planner decides."""
-        return plan(self.job, self.observed(), self.settings, self.now, "")
+        """What the planner decides; every condition of it must stand in the table."""
+        decided = plan(self.job, self.observed(), self.settings, self.now, "")
+        for item in decided.status.conditions:
+            known = is_known(item.type, item.status, item.reason)
+            assert known or not item.message, f"{item.type}={item.status} {item.reason} is not in conditions.TABLE"
+        return decided
 
     def next(self) -> Self:
         """The world after the planned status was written."""

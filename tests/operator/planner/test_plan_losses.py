@@ -237,7 +237,7 @@ def test_a_resumed_gang_does_not_wait_for_a_pod_on_a_lost_node(world, told):
     decided = world.with_spec(suspend=False).plan()
     status = decided.status
     assert (status.state, status.attempt, status.restarts, status.disruptions) == ("Restarting", 2, 0, 1)
-    assert "Worker 0's pod was deleted and does not end: its node does not answer" in told(decided, "Started")[2]
+    assert "Worker 0 does not end on its node, which no longer answers." in told(decided, "Started")[2]
     assert decided.suspend == []
 
 

@@ -170,6 +170,11 @@ TABLE: Final = (
         "Model or data are not there yet, or cannot be brought.",
         (
             Reason("Staging", "A staging pod is at work, or is being started."),
+            Reason(
+                "OperatorOutdated",
+                "The spec was made for a newer operator than the one that runs.",
+                "Have the operator upgraded.",
+            ),
             _QUOTA,
             *_VERDICTS,
         ),

@@ -14,6 +14,7 @@ from kubetune_operator import (
     deadlines,
     decision,
     diagnosis,
+    memory,
     obstacles,
     plan,
     queueing,
@@ -21,7 +22,7 @@ from kubetune_operator import (
     verdicts,
 )
 
-MODULES = (attempts, cleanup, deadlines, decision, diagnosis, obstacles, plan, queueing, staging, verdicts)
+MODULES = (attempts, cleanup, deadlines, decision, diagnosis, memory, obstacles, plan, queueing, staging, verdicts)
 SETTERS = {"condition": 2, "withdraw": 1, "fail": 0, "Ending": 1, "Obstacle": 0}
 """Which argument of which call is a condition's reason."""
 EXIT_REASONS = {code.reason for code in ExitCode} - {ExitCode.DONE.reason}

@@ -83,7 +83,7 @@ def test_nodes_for_gpus_is_a_change_of_the_pods_only(world, told):
 def test_a_change_before_the_first_attempt_needs_no_replacement(world):
     world.with_spec(suspend=True).staged().next()
     decided = world.with_spec(suspend=False, **FOUR).plan()
-    assert (decided.status.attempt, decided.apply[2]["metadata"]["name"]) == (0, "bot-a1")
+    assert (decided.status.attempt, decided.apply[2]["metadata"]["name"]) == (1, "bot-a1")
     assert decided.apply[2]["spec"]["completions"] == 4
 
 

@@ -101,6 +101,7 @@ FAULTS: Final = (
     Reason(
         "DoesNotFit", "The run needs more memory than there is.", "Choose one of the settings that the message names."
     ),
+    Reason("OutOfMemory", "A GPU has no memory left.", "Choose one of the settings that the message names."),
     Reason("OutputNotWritable", "The output volume refuses files.", "Correct its permissions, or name another claim."),
     Reason("StorageFull", "A volume has no room for what must be written.", "Make room, or name a larger claim."),
     Reason("SourceDenied", "The source refuses the model or the data.", "Correct the credentials or ask for access."),

@@ -19,7 +19,6 @@ from kubetune_operator.diagnosis import (
     is_lost,
     is_ready,
     last_word,
-    node_lost,
 )
 from kubetune_operator.names import GANG_ANNOTATION, job_name, output_path
 from kubetune_operator.queueing import is_held, is_queued, leave, wait
@@ -172,8 +171,6 @@ def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
     if change is not None:
         replace(turn, change)
         return
-    if _lost_worker(turn):
-        return
     turn.suspend(child, suspended=False)
     turn.apply(config_map(job, run_config(job), ca_pem), service(job))
     if is_held(child):
@@ -191,16 +188,6 @@ def _follow(turn: Decision, child: Manifest, ca_pem: str) -> None:
         _say_running(turn, pods)
     else:
         _say_starting(turn, child, pods, up)
-
-
-def _lost_worker(turn: Decision) -> bool:
-    """End an attempt whose pod does not go from a node that is lost: its Job waits for that pod, and does not fail."""
-    now, grace = turn.now, turn.settings.lost_node_grace_seconds
-    lost = [pod for pod in turn.workers_of(turn.attempt) if is_live(pod) and is_lost(pod, now, grace)]
-    if not lost:
-        return False
-    end(turn, node_lost(lost[0]))
-    return True
 
 
 def _take_report(turn: Decision) -> None:

@@ -108,14 +108,14 @@ class Kubectl:
             self.command(*words), check=False, capture_output=True, text=True, **feed
         )
         if done.returncode != 0:
-            raise as_error(done.stderr)
+            raise as_error(done.stderr, done.returncode)
         return done.stdout
 
     def pass_through(self, *words: str) -> None:
         """kubectl with our own standard output, until it ends. Raises Refused or Unreachable."""
         done = subprocess.run(self.command(*words), check=False, stdin=DEVNULL, stderr=PIPE)
         if done.returncode != 0:
-            raise as_error(done.stderr.decode(errors="replace"))
+            raise as_error(done.stderr.decode(errors="replace"), done.returncode)
 
     def stream(self, *words: str) -> "Process":
         """kubectl with its output to be read as it comes."""
@@ -155,7 +155,7 @@ class Process:
         words = self._complaints.read().decode(errors="replace")
         self.close()
         if code != 0:
-            raise as_error(words)
+            raise as_error(words, code)
 
     def close(self) -> None:
         """End it if it runs."""
@@ -220,13 +220,15 @@ class Documents:
             self._text = self._text[end:].lstrip()
 
 
-def as_error(stderr: str) -> PluginError:
-    """The error that kubectl's words stand for, with a remedy."""
+def as_error(stderr: str, code: int = 1) -> PluginError:
+    """The error that kubectl's words stand for, with a remedy. `code` is negative where a signal ended it."""
     lines = [line for line in stderr.strip().splitlines() if not _NOISE.match(line)]
     words = "\n".join(lines) or stderr.strip() or "kubectl failed without a word"
     plain = _PREFIX.sub("", words, count=1) or words
     if denied := _NO_RIGHTS.search(words):
         return NoRights(_about_rights(plain, denied))
+    if code < 0 and not lines:
+        return Unreachable(f"kubectl was ended by signal {-code}")
     for pattern, error, told in _KNOWN:
         if re.search(pattern, words):
             return error(told.format(words=plain))

@@ -99,6 +99,12 @@ def test_words_become_an_error_of_their_kind_with_a_remedy(case):
     assert not str(error).startswith(("error:", "Error from server"))
 
 
+def test_a_kubectl_that_was_killed_may_be_asked_again():
+    error = as_error("", -9)
+    assert type(error) is Unreachable
+    assert str(error) == "kubectl was ended by signal 9"
+
+
 def test_documents_are_given_as_soon_as_they_are_complete_wherever_the_bytes_are_cut():
     text = events(("ADDED", {"a": "ü"}), ("MODIFIED", {"b": [1, 2]})).encode()
     for cut in range(len(text) + 1):

@@ -9,13 +9,13 @@ import sys
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
 import yaml
 from cluster_tool import REPOSITORY
+from tests.kubectl import program
 
 from kubetune_kubectl.__main__ import main
 from kubetune_kubectl.jobs import read
@@ -24,20 +24,12 @@ from kubetune_kubectl.volume import Image, reader_pod
 Object = dict[str, Any]
 SECONDS = 60.0
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
-PAGE = (REPOSITORY / "docs" / "kubectl-plugin.md").read_text()
-ROLE: Object = yaml.safe_load(PAGE.partition("```yaml\n# role\n")[2].partition("```")[0])
 
 
 @pytest.fixture(scope="module")
 def environment(kube: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """kubectl and the plugin on PATH, the cluster in KUBECONFIG."""
-    folder = tmp_path_factory.mktemp("bin")
-    program = folder / "kubectl-finetune"
-    program.write_text(f"#!/bin/sh\nexec '{sys.executable}' -m kubetune_kubectl \"$@\"\n")
-    program.chmod(0o755)
-    path = [str(folder), str(Path(kube.kubectl_program).parent), os.environ["PATH"]]
-    python = os.pathsep.join([str(REPOSITORY / "operator"), str(REPOSITORY / "trainer")])
-    return {**os.environ, "PATH": os.pathsep.join(path), "KUBECONFIG": str(kube.config), "PYTHONPATH": python}
+    return program.environment(tmp_path_factory.mktemp("bin"), kube.kubectl_program, kube.config)
 
 
 @pytest.fixture(scope="module")
@@ -240,19 +232,8 @@ def person(kubectl, kube, namespace, tmp_path_factory) -> Callable[[str, bool], 
     """person("ann", allowed): the kubeconfig of an account with the role of the docs, or with no role."""
 
     def make(name: str, allowed: bool) -> str:
-        where = ["--namespace", namespace]
-        assert kubectl("create", "serviceaccount", name, *where).returncode == 0
-        if allowed:
-            role = {**ROLE, "metadata": {"name": name, "namespace": namespace}}
-            assert kubectl("create", "-f", "-", stdin=role).returncode == 0
-            account = f"--serviceaccount={namespace}:{name}"
-            assert kubectl("create", "rolebinding", name, f"--role={name}", account, *where).returncode == 0
-        token = kubectl("create", "token", name, *where).stdout.strip()
-        config = yaml.safe_load(kube.config.read_text())
-        config["users"] = [{"name": one["name"], "user": {"token": token}} for one in config["users"]]
-        path = tmp_path_factory.mktemp("person") / "config"
-        path.write_text(yaml.safe_dump(config))
-        return str(path)
+        folder = tmp_path_factory.mktemp(name, numbered=False)
+        return str(program.account(kubectl, kube.config, namespace, folder, program.ROLE if allowed else None))
 
     return make
 

@@ -11,11 +11,13 @@ import subprocess
 import termios
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 CONTROL = re.compile(r"\x1b\[(\?)?([\d;]*)([A-Za-z])|\r|\n")
+FONTS = re.compile(r"@font-face \{.*?\}\s*", re.DOTALL)
 STYLE = re.compile(r"\x1b\[[\d;]*m")
 
 
@@ -61,14 +63,16 @@ class Display:
 class Terminal:
     """A program that believes to be on a terminal of so many columns."""
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str], columns: int = 110) -> None:
+    def __init__(
+        self, command: Sequence[str], environment: Mapping[str, str], columns: int = 110, folder: Path | None = None
+    ) -> None:
         self.display = Display()
         self.columns = columns
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         variables = {**environment, "TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONIOENCODING": "utf-8"}
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, env=variables, start_new_session=True
+            command, stdin=slave, stdout=slave, stderr=slave, env=variables, cwd=folder, start_new_session=True
         )
         os.close(slave)
 
@@ -109,8 +113,9 @@ class Terminal:
 
 
 def picture(lines: Sequence[str], title: str, columns: int) -> str:
-    """The lines as an SVG of a terminal."""
-    console = Console(record=True, width=columns, file=open(os.devnull, "w"), force_terminal=True)  # noqa: SIM115
-    for line in lines:
-        console.print(Text.from_ansi(line), soft_wrap=True)
-    return console.export_svg(title=title)
+    """The lines as an SVG of a terminal. No font is fetched from anywhere: the reader's own monospace one will do."""
+    with open(os.devnull, "w") as nowhere:
+        console = Console(record=True, width=columns, file=nowhere, force_terminal=True)
+        for line in lines:
+            console.print(Text.from_ansi(line), soft_wrap=True)
+    return FONTS.sub("", console.export_svg(title=title, clear=False))

@@ -133,7 +133,9 @@ def _is_owner(job: Job, child: Object) -> bool:
 def _no_pods(job: Job, attempt: int) -> str:
     told = why(job, datetime.now(UTC))
     what = f"attempt {attempt} of FineTuneJob {job.name} ({job.state}) has no pods"
-    return f"{what}: they were removed, or are still to come.{f' The job says: {told}' if told else ''}"
+    cleaned = job.status.clean_up_time is not None
+    reason = "cleanPodPolicy All removed them" if cleaned else "they were removed, or are still to come"
+    return f"{what}: {reason}.{f' The job says: {told}' if told else ''}"
 
 
 def _show(kubectl: Kubectl, choice: Choice) -> None:

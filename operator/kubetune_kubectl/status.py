@@ -18,7 +18,7 @@ from kubetune_kubectl.live import progress_line
 from kubetune_kubectl.outcome import result_rows
 from kubetune_kubectl.words import age, columns, console, first_line, pairs, print_table, state_text
 from kubetune_operator.api import Condition
-from kubetune_operator.status import is_true
+from kubetune_operator.status import is_true, readable_bytes
 
 
 class Code(IntEnum):
@@ -117,6 +117,11 @@ def facts(job: Job, now: datetime) -> list[tuple[str, str]]:
         rows.append(("workers", f"{job.nodes} wanted: {counts}, {workers.succeeded} succeeded"))
     if status.staged is not None:
         rows.append(("model", f"{status.staged.path}: {status.staged.parameters:,} parameters"))
+    rows += [("data", f"{data.path}: {readable_bytes(data.bytes)}") for data in status.staged_data or ()]
+    if status.estimate is not None:
+        estimate = status.estimate
+        has = f" of {readable_bytes(estimate.available)}" if estimate.available is not None else ""
+        rows.append(("memory estimate", f"{readable_bytes(estimate.bytes)}{has} for each {estimate.device}"))
     if status.progress is not None:
         rows.append(("progress", progress_line(status.progress)))
     if status.checkpoint is not None:

@@ -34,7 +34,10 @@ def run(
     kubectl = kubectl.within(body["metadata"].get("namespace") or kubectl.default_namespace())
     before = _present(kubectl, body["metadata"]["name"])
     job = jobs.read(_apply(kubectl, body, before, dry_run))
-    print(_told(job, before, dry_run), file=sys.stderr)
+    told = _told(job, before, dry_run)
+    follow = before is None and not (dry_run or then_watch)
+    hint = f" Follow it: kubectl finetune watch {job.name} -n {job.namespace}" if follow else ""
+    print(told + hint, file=sys.stderr)
     if as_json:
         print(json.dumps(job.body, indent=2), file=stream or sys.stdout)
     if dry_run or not then_watch:
@@ -101,7 +104,7 @@ def _told(job: Job, before: Job | None, dry_run: bool) -> str:
     if dry_run:
         return f"{what} would be {'created' if before is None else 'accepted; it is there already'} (dry run)."
     if before is None:
-        return f"{what} was created. Follow it: kubectl finetune watch {job.name} -n {job.namespace}"
+        return f"{what} was created."
     if before.body["metadata"].get("generation") != job.body["metadata"].get("generation"):
         return f"{what} was changed."
     again = f"; for another run give another name: --set metadata.name={job.name}-2" if job.finished else ""

@@ -104,6 +104,14 @@ def test_where_there_is_nothing_to_show_it_says_why(cluster, kubectl, job, case)
     assert told in str(raised.value)
 
 
+def test_pods_that_a_policy_removed_are_told_with_what_the_job_kept_of_them(cluster, kubectl, job, now):
+    found = job("restarting")
+    status = found.status.model_copy(update={"state": "Failed", "clean_up_time": now})
+    cluster("restarting")
+    with pytest.raises(NothingThere, match="has no pods: cleanPodPolicy All removed them"):
+        logs.choose(kubectl, found._replace(status=status), Wanted(attempt=2))
+
+
 def test_a_rank_of_a_pod_with_several_gpus_is_found_in_the_pod_that_it_shares(cluster, kubectl, job):
     found = job("running")
     found = found._replace(spec={**found.spec, "workers": {"nodes": 2, "gpusPerNode": 8}})

@@ -7,6 +7,7 @@ from tests.kubectl.conftest import changed, events, listed, recorded
 
 from kubetune_kubectl import jobs, status, suspend
 from kubetune_kubectl.errors import NotPossible
+from kubetune_operator.api import MemoryEstimate
 
 NAMES = ("running", "unschedulable", "suspended", "failed", "succeeded")
 CODES = {"succeeded": 0, "failed": 1, "running": 3, "unschedulable": 3, "restarting": 3, "suspended": 4}
@@ -76,6 +77,18 @@ def test_all_that_is_known_of_a_finished_job(replay, kubectl, page):
     assert facts["trained"] == "60 steps, 130,674 tokens"
     assert facts["duration"] == "1m48s"
     assert facts["checkpoint"].endswith("two-e5582462/checkpoints/step-00000056")
+
+
+def test_what_staging_found_is_shown(replay, kubectl, page):
+    body = recorded("running")
+    body["status"]["stagedData"] = [{"path": "s3/data", "files": 2, "bytes": 5_200_000}]
+    parts = dict.fromkeys((field.alias for field in MemoryEstimate.model_fields.values()), 1)
+    body["status"]["estimate"] = {**parts, "device": "GPU", "bytes": 21_000_000_000, "available": 80_000_000_000}
+    replay.answer("get", out=json.dumps(body))
+    status.run_one(kubectl, "x", as_json=False, stream=page)
+    lines = [" ".join(line.split()) for line in page.getvalue().splitlines()]
+    assert "data s3/data: 5.2 MB" in lines
+    assert "memory estimate 21 GB of 80 GB for each GPU" in lines
 
 
 def test_a_job_that_waits_for_its_next_attempt_says_when_it_comes(replay, kubectl, page):

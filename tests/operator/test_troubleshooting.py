@@ -10,10 +10,7 @@ from kubetune_operator.conditions import reasons
 PAGE = Path(__file__).parents[2] / "docs" / "troubleshooting.md"
 ALL_IS_WELL = {"Staged", "Started", "Running", "Resumed", "Done"}
 """Reasons of what holds as it should: nobody looks them up."""
-SECTIONS = {
-    heading: text
-    for heading, text in re.findall(r"^### `(\w+)`\n(.*?)(?=^#|\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
-}
+SECTIONS = dict(re.findall(r"^### `(\w+)`\n(.*?)(?=^#|\Z)", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL))
 
 
 def test_every_reason_that_may_be_asked_about_has_a_section():

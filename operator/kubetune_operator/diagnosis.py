@@ -186,8 +186,17 @@ def culprit(job: Manifest, pods: Iterable[Manifest]) -> Manifest | None:
 
 def _failed(pods: Iterable[Manifest], since: datetime | None) -> list[Manifest]:
     """The pods that failed by themselves, the one that tells most first."""
-    failed = [pod for pod in pods if _has_failed(pod) and cause_of(pod, since) is not Cause.COLLATERAL]
-    return sorted(failed, key=lambda pod: (cause_of(pod, since), _finished(pod), index_of(pod)))
+    causes = [(cause_of(pod, since), pod) for pod in pods if _has_failed(pod)]
+    crashed = min((_finished(pod) for cause, pod in causes if cause is Cause.CRASH), default="9999")
+    # Who was deleted after a peer's crash was deleted for it: the Job's condition may be written late.
+    late = [pod for cause, pod in causes if cause in (Cause.REMOVED, Cause.UNCLEAR) and _asked(pod) > crashed]
+    own = [(cause, pod) for cause, pod in causes if cause is not Cause.COLLATERAL and pod not in late]
+    return [pod for _, pod in sorted(own, key=lambda one: (one[0], _finished(one[1]), index_of(one[1])))]
+
+
+def _asked(pod: Manifest) -> str:
+    asked = _deletion_asked(pod)
+    return "" if asked is None else asked.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def ending_by_job(job: Manifest) -> Ending:

@@ -8,6 +8,7 @@ from kubetune_operator.diagnosis import (
     Cause,
     Ending,
     cause_of,
+    culprit,
     ended_container,
     ending_by_job,
     ending_condition,
@@ -117,6 +118,33 @@ def test_the_cause_of_one_pods_end(worker, terminated, condition, code, deletion
         metadata = {"deletionTimestamp": due.strftime("%Y-%m-%dT%H:%M:%SZ"), "deletionGracePeriodSeconds": 30}
     pod = worker(0, "Failed", state=terminated(code), conditions=tuple(condition(k) for k in targets), **metadata)
     assert cause_of(pod, NOON) is cause
+
+
+BLAMED = {
+    "a deletion that the Job controller asked for before it wrote the end down": (58, 1),
+    "a deletion that came first, of which the other one died": (50, 0),
+    "a deletion in the second of the crash": (56, 0),
+}
+
+
+@pytest.mark.parametrize("case", BLAMED)
+def test_a_worker_that_crashed_is_blamed_before_one_that_was_deleted_for_it(
+    worker, terminated, attempt_job, job, condition, case
+):
+    asked, blamed = BLAMED[case]
+    deletion = {"deletionTimestamp": f"2030-01-01T12:02:{asked}Z", "deletionGracePeriodSeconds": 120}
+    left, crashed = terminated(81), terminated(137)
+    left["terminated"]["finishedAt"], crashed["terminated"]["finishedAt"] = (
+        "2030-01-01T12:00:59Z",
+        "2030-01-01T12:00:56Z",
+    )
+    pods = [worker(0, "Failed", state=left, **deletion), worker(1, "Failed", state=crashed)]
+    pods[0]["metadata"]["deletionTimestamp"] = f"2030-01-01T12:02:{asked}Z"
+    end = condition("FailureTarget", reason="BackoffLimitExceeded", lastTransitionTime="2030-01-01T12:00:59Z")
+    failing = attempt_job(job(), 1, (end,))
+    found = culprit(failing, pods)
+    assert found is not None
+    assert index_of(found) == blamed
 
 
 def test_causes_are_ordered_from_the_most_telling():

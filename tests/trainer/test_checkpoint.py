@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 
 from kubetune_contract.config import RunConfig
@@ -357,6 +358,26 @@ def test_what_the_user_can_change_about_the_disk_is_a_user_error(case: str) -> N
         assert found.exit_code == (ExitCode.STORAGE_FULL if full else ExitCode.OUTPUT_NOT_WRITABLE)
         assert str(found).startswith("/out/file cannot be written: the reason; ")
         assert ("checkpoint.keep" in str(found)) == full
+
+
+RUST = {
+    "full": ("Error while serializing: I/O error: No space left on device (os error 28)", ExitCode.STORAGE_FULL),
+    "read-only": (
+        "Error while serializing: Read-only file system (os error 30)",
+        ExitCode.OUTPUT_NOT_WRITABLE,
+    ),
+    "missing": ("No such file or directory (os error 2)", None),
+}
+
+
+@pytest.mark.parametrize("case", RUST)
+def test_the_disks_errors_come_out_of_safetensors_words(case: str) -> None:
+    """Its SafetensorError is no OSError."""
+    words, code = RUST[case]
+    found = as_output_error(SafetensorError(words), Path("/out"))
+    assert (found.exit_code if found else None) == code
+    if found:
+        assert str(found).startswith("/out cannot be written: ")
 
 
 def test_other_errors_are_not_the_disks() -> None:

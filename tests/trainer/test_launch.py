@@ -115,6 +115,8 @@ ORDERS: dict[str, tuple[list[int], int]] = {
     "user error last": ([1, 137, 81, 64], 64),
     "lost peers only": ([81, 81], 81),
     "a crash behind lost peers": ([81, 81, 1], 1),
+    "a crash behind what NCCL's watchdog aborted": ([134, 81, 1], 1),
+    "only what the watchdog aborted": ([134, 81], 134),
 }
 
 

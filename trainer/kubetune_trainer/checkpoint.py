@@ -9,6 +9,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import threading
 import warnings
@@ -29,6 +30,7 @@ from kubetune_trainer.shards import sync
 
 MANIFEST_FILE: Final = "manifest.json"
 _PARTIAL: Final = ".partial-"
+_RUST: Final = re.compile(r"\(os error (\d+)\)")
 _NOT_WRITABLE: Final = frozenset(
     {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
 )
@@ -54,15 +56,24 @@ class WorldSizeError(JobError):
 
 def as_output_error(error: BaseException, folder: Path) -> OutputError | None:
     """The error as the user's, where it says that files cannot be written."""
-    if not (isinstance(error, OSError) and error.errno in _NOT_WRITABLE):
+    number, where = _errno_of(error), getattr(error, "filename", None) or folder
+    if number not in _NOT_WRITABLE:
         return None
-    where = error.filename or folder
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+    place = f"{where} cannot be written: {getattr(error, 'strerror', None) or os.strerror(number)}"
+    if number in (errno.ENOSPC, errno.EDQUOT):
         return OutputFullError(
-            f"{where} cannot be written: {error.strerror}; free some space on that volume or enlarge it, or lower "
+            f"{place}; free some space on that volume or enlarge it, or lower "
             "checkpoint.keep. The checkpoints that are there are whole"
         )
-    return OutputError(f"{where} cannot be written: {error.strerror}; give output_dir a folder with rights and space")
+    return OutputError(f"{place}; give output_dir a folder with rights and space")
+
+
+def _errno_of(error: BaseException) -> int | None:
+    """The system's number of the error. safetensors, which is written in Rust, has it in its words alone."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = _RUST.search(str(error))
+    return int(found[1]) if found else None
 
 
 class Checkpointer:

@@ -37,6 +37,8 @@ MALLOC_SETTINGS: Final = {
     "MALLOC_TOP_PAD_": "268435456",
 }
 """On CPU, glibc keeps large temporaries instead of faulting their pages in again each step (10-20 % of a step)."""
+_LOST_PEER: Final = frozenset({int(ExitCode.PEER_LOST), 128 + signal.SIGABRT})
+"""NCCL's watchdog aborts a process that has lost a peer."""
 _PR_SET_PDEATHSIG: Final = 1
 
 
@@ -144,7 +146,7 @@ def exit_code(codes: Sequence[int]) -> int:
 
     A user error wins: the peers of that rank die of a lost connection and may be faster. A lost peer is the weakest.
     """
-    weights = [0 if code in USER_ERRORS else 2 if code == ExitCode.PEER_LOST else 1 for code in codes]
+    weights = [0 if code in USER_ERRORS else 2 if code in _LOST_PEER else 1 for code in codes]
     return min(zip(weights, range(len(codes)), codes, strict=True))[2] if codes else 0
 
 

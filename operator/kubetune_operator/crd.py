@@ -147,8 +147,8 @@ def _property(where: str, field: FieldInfo, raw: Schema, part: Part) -> Schema:
     below = Part.OVERRIDES if overridden else part
     plain = structural(raw) if inner is None else _nested(raw, inner, below)
     schema: Schema = {"description": _one_line(field.description), **_without_description(plain)}
-    if field.is_required() or field.default is None or part is Part.STATUS:
-        return schema
+    if field.is_required() or field.default is None or field.default in ([], {}) or part is Part.STATUS:
+        return schema  # an empty list or mapping says nothing that its absence does not
     if part is Part.OVERRIDES:
         if isinstance(field.default, BaseModel):
             return schema  # its fields tell their own defaults

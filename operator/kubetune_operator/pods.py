@@ -16,8 +16,13 @@ TERMINATION_GRACE_SECONDS: Final = 120
 """Time to finish a step and save a checkpoint after SIGTERM."""
 TOKEN_SECONDS: Final = 3600
 """Lifetime of a progress token; the kubelet renews it at 80 %."""
-PINNING: Final = ("IPC_LOCK",)
-"""Capabilities with which RDMA registers memory beyond the node's limit of locked pages."""
+PINNING: Final = {
+    "runAsUser": 0,
+    "runAsNonRoot": False,
+    "capabilities": {"drop": ["ALL"], "add": ["IPC_LOCK"]},
+}
+"""With this RDMA registers memory beyond the node's limit of locked pages. Only root's processes get a capability that
+is added; without the others this root may do no more to files than their owner and group may."""
 THREADS: Final = "OMP_NUM_THREADS"
 RANK_FIELD: Final = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
 
@@ -46,12 +51,12 @@ def _trainer(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
     """What the user adds goes first in each list: an index in the API server's words is then the manifest's."""
     workers = job.spec.workers
     return {
-        **container_defaults(settings, capabilities=PINNING if workers.rdma else ()),
+        **container_defaults(settings, PINNING if workers.rdma else {}),
         "args": ["launch", "--config", f"{paths.CONFIG_MOUNT}/{paths.RUN_CONFIG_FILE}"],
         "env": [
             *(variable.to_dict() for variable in workers.env),
             *scratch_variables(),
-            {"name": paths.CACHE_ENV, "value": f"{paths.OUTPUT_MOUNT}/{paths.CACHE_DIR}"},
+            {"name": paths.CACHE_ENV, "value": _cache(job)},
             *_rendezvous(job, attempt),
             *_threads(job),
             *_progress_url(job, attempt, settings),
@@ -68,6 +73,12 @@ def _trainer(job: FineTuneJob, attempt: int, settings: Settings) -> Manifest:
             {"name": "scratch", "mountPath": "/tmp"},  # noqa: S108
         ],
     }
+
+
+def _cache(job: FineTuneJob) -> str:
+    """The folder of tokenized data. Another user's files would be in the way of jobs that share it."""
+    below = f"{names.output_path(job)}/{paths.CACHE_DIR}" if job.spec.workers.rdma else paths.CACHE_DIR
+    return f"{paths.OUTPUT_MOUNT}/{below}"
 
 
 def pod_defaults(settings: Settings, secrets: list[str]) -> Manifest:
@@ -89,8 +100,8 @@ def pod_defaults(settings: Settings, secrets: list[str]) -> Manifest:
     return {**defaults, "imagePullSecrets": opening} if opening else defaults
 
 
-def container_defaults(settings: Settings, capabilities: tuple[str, ...] = ()) -> Manifest:
-    """What every container has: no privilege but the capabilities, and no place to write but its volumes."""
+def container_defaults(settings: Settings, security: Manifest | None = None) -> Manifest:
+    """What every container has: no privilege but what `security` adds, and no place to write but its volumes."""
     return {
         "name": names.CONTAINER,
         "image": settings.trainer_image,
@@ -100,7 +111,8 @@ def container_defaults(settings: Settings, capabilities: tuple[str, ...] = ()) -
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"], **({"add": list(capabilities)} if capabilities else {})},
+            "capabilities": {"drop": ["ALL"]},
+            **(security or {}),
         },
     }
 

@@ -112,7 +112,8 @@ class Workers(ContractModel):
     host_network: bool = False
     """Whether the pods use their nodes' own network; the operator's settings must allow it."""
     rdma: bool = False
-    """Whether the pods may pin memory for RDMA (capability IPC_LOCK); the operator's settings must allow it."""
+    """Whether the pods may pin memory for RDMA beyond their nodes' limit of locked memory: as root with no capability
+    but IPC_LOCK. The operator's settings must allow it."""
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

@@ -9,7 +9,7 @@ from kubetune_contract.base import ContractModel
 from kubetune_contract.config import RunConfig, TargetModule, TrainingConfig
 from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
-from kubetune_operator import api, build, changes, sources, workers
+from kubetune_operator import api, build, changes, podspec, sources, workers
 from kubetune_operator.errors import InvalidJob
 
 UNCHECKED = (
@@ -225,6 +225,84 @@ BAD = {
         resources("limits", "nvidia.com/gpu", 1),
         ["spec.workers: Invalid value: resources must not name nvidia.com/gpu: set gpusPerNode"],
     ),
+    "other GPUs among the resources": (
+        {"workers": {"gpuResource": "amd.com/gpu", "resources": {"limits": {"amd.com/gpu": 1}}}},
+        ["spec.workers: Invalid value: resources must not name amd.com/gpu: set gpusPerNode"],
+    ),
+    "a toleration of everything by a slip": (
+        {"workers": {"tolerations": [{"effect": "NoSchedule"}]}},
+        ["spec.workers.tolerations[0]: Invalid value: a toleration without key needs operator Exists"],
+    ),
+    "patience with a taint that asks for none": (
+        {"workers": {"tolerations": [{"key": "a", "effect": "NoSchedule", "tolerationSeconds": 3}]}},
+        ["spec.workers.tolerations[0]: Invalid value: tolerationSeconds needs effect NoExecute"],
+    ),
+    "domains that are only wished for": (
+        {
+            "workers": {
+                "topologySpreadConstraints": [
+                    {"topologyKey": "zone", "whenUnsatisfiable": "ScheduleAnyway", "minDomains": 2}
+                ]
+            }
+        },
+        ["spec.workers.topologySpreadConstraints[0]: Invalid value: minDomains needs whenUnsatisfiable DoNotSchedule"],
+    ),
+    "a variable of the operator's": (
+        {"workers": {"env": [{"name": "PET_NNODES", "value": "3"}]}},
+        ["spec.workers.env[0]: Invalid value: variable PET_NNODES is set by the operator: take it out"],
+    ),
+    "a variable with two values": (
+        {"workers": {"env": [{"name": "A", "value": "b", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}},
+        ["spec.workers.env[0]: Invalid value: a variable has value or valueFrom, not both"],
+    ),
+    "a volume of the operator's": (
+        {"workers": {"volumes": [{"name": "token", "emptyDir": {}}]}},
+        ["spec.workers.volumes[0]: Invalid value: volume token is the operator's own: choose another name"],
+    ),
+    "a volume from two places": (
+        {"workers": {"volumes": [{"name": "a", "emptyDir": {}, "secret": {"secretName": "s"}}]}},
+        [
+            "spec.workers.volumes[0]: Invalid value: a volume needs exactly one source: configMap, secret, "
+            "persistentVolumeClaim, emptyDir, ephemeral, csi or downwardAPI"
+        ],
+    ),
+    "a mount of no volume": (
+        {"workers": {"volumeMounts": [{"name": "a", "mountPath": "/a"}]}},
+        ["spec.workers: Invalid value: every one of volumeMounts must name one of volumes"],
+    ),
+    "a mount over the operator's own": (
+        {
+            "workers": {
+                "volumes": [{"name": "a", "emptyDir": {}}],
+                "volumeMounts": [{"name": "a", "mountPath": "/kubetune/token"}],
+            }
+        },
+        [
+            "spec.workers.volumeMounts[0]: Invalid value: mountPath /kubetune/token is taken: "
+            "nothing is mounted at or below /kubetune, /tmp, /dev, /proc, /sys"
+        ],
+    ),
+    "a way out of the volume": (
+        {
+            "workers": {
+                "volumes": [{"name": "a", "emptyDir": {}}],
+                "volumeMounts": [{"name": "a", "mountPath": "/a", "subPath": "b/../../c"}],
+            }
+        },
+        [
+            "spec.workers.volumeMounts[0]: Invalid value: subPath must be a path below the volume's root: "
+            "without a leading '/' and without '..'"
+        ],
+    ),
+    "a label of the operator's": (
+        {"workers": {"labels": {"kubetune.io/job": "other"}}},
+        [
+            "spec.workers: Invalid value: labels must not begin with kubetune.io/, batch.kubernetes.io/, job-name, "
+            "controller-uid, app.kubernetes.io/managed-by, kueue.x-k8s.io/queue-name, kueue.x-k8s.io/priority-class, "
+            "kueue.x-k8s.io/managed: those are set for you"
+        ],
+    ),
+    "a queue without a name": ({"queue": {}}, ["spec.queue.name: Required value", UNCHECKED]),
     "a unit that does not exist": (
         resources("limits", "memory", "16GB"),
         [
@@ -306,6 +384,10 @@ UNKNOWN = {
     "a field with a slip": ({"training": {"lerningRate": 1e-4}}, 'unknown field "spec.training.lerningRate"'),
     "a field in snake case": ({"training": {"batch_size": 4}}, 'unknown field "spec.training.batch_size"'),
     "a field in the wrong place": ({"training": {"rank": 8}}, 'unknown field "spec.training.rank"'),
+    "a folder of the node": (
+        {"workers": {"volumes": [{"name": "root", "hostPath": {"path": "/"}}]}},
+        'unknown field "spec.workers.volumes[0].hostPath"',
+    ),
     "two slips": (
         {"training": {"lerningRate": 1e-4}, "workers": {"node": 2}},
         'unknown field "spec.training.lerningRate", unknown field "spec.workers.node"',
@@ -341,6 +423,12 @@ MODELS: tuple[type[ContractModel], ...] = (
     sources.MixedDatasetSpec,
     sources.ValidationSpec,
     workers.Workers,
+    podspec.Toleration,
+    podspec.TopologySpread,
+    podspec.ValueFrom,
+    podspec.EnvVar,
+    podspec.Volume,
+    podspec.VolumeMount,
 )
 AT_ONCE = {"optimizerInBackward": True, "gradientAccumulationSteps": 1, "maxGradientNorm": 0}
 BROKEN = {
@@ -373,6 +461,38 @@ BROKEN = {
     "model needs exactly one": {"model": {"volumePath": None}},
     "volumePath": {"dataset": {"volumePath": "a/./b"}},
     "resources must not name nvidia.com/gpu": resources("requests", "nvidia.com/gpu", "2"),
+    "every one of volumeMounts": {"workers": {"volumeMounts": [{"name": "a", "mountPath": "/a"}]}},
+    "labels must not begin": {"workers": {"labels": {"batch.kubernetes.io/job-name": "a"}}},
+    "annotations must not begin": {"workers": {"annotations": {"kubetune.io/gang": "a"}}},
+    "a toleration without key": {"workers": {"tolerations": [{"value": "a"}]}},
+    "value does not go with operator Exists": {
+        "workers": {"tolerations": [{"key": "a", "operator": "Exists", "value": "b"}]}
+    },
+    "tolerationSeconds needs": {"workers": {"tolerations": [{"key": "a", "tolerationSeconds": 1}]}},
+    "minDomains needs": {
+        "workers": {
+            "topologySpreadConstraints": [{"topologyKey": "z", "minDomains": 2, "whenUnsatisfiable": "ScheduleAnyway"}]
+        }
+    },
+    "valueFrom needs exactly one": {"workers": {"env": [{"name": "A", "valueFrom": {}}]}},
+    "a variable has value or valueFrom": {
+        "workers": {"env": [{"name": "A", "value": "", "valueFrom": {"secretKeyRef": {"name": "s", "key": "k"}}}]}
+    },
+    "variable ": {"workers": {"env": [{"name": "HOME", "value": "/root"}]}},
+    "volume ": {"workers": {"volumes": [{"name": "shm", "emptyDir": {}}]}},
+    "a volume needs exactly one source": {"workers": {"volumes": [{"name": "a"}]}},
+    "mountPath ": {
+        "workers": {
+            "volumes": [{"name": "a", "emptyDir": {}}],
+            "volumeMounts": [{"name": "a", "mountPath": "/dev/shm"}],
+        }
+    },
+    "subPath must be a path": {
+        "workers": {
+            "volumes": [{"name": "a", "emptyDir": {}}],
+            "volumeMounts": [{"name": "a", "mountPath": "/a", "subPath": "/b"}],
+        }
+    },
 }
 
 
@@ -399,6 +519,15 @@ def test_python_and_the_api_server_refuse_with_the_same_words(apply, manifest, s
 UPDATES = {
     "the preset": ({}, {"preset": "llama3/8B_lora"}),
     "a section that goes": ({"training": {"epochs": 2}}, {}),
+    "an affinity in Kubernetes own words": (
+        {"workers": {"affinity": {"nodeAffinity": {"a": [1]}}}},
+        {"workers": {"affinity": {"nodeAffinity": {"a": [2]}}}},
+    ),
+    "a volume in Kubernetes own words": (
+        {"workers": {"volumes": [{"name": "a", "emptyDir": {}}]}},
+        {"workers": {"volumes": [{"name": "a", "emptyDir": {"medium": "Memory"}}]}},
+    ),
+    "the queue": ({}, {"queue": {"name": "research"}}),
     "the clean-up": ({}, {"cleanPodPolicy": "All"}),
     "the nodes of a job that runs": ({}, {"workers": {"nodes": 4}}),
     "the resources of a job that runs": (

@@ -87,6 +87,49 @@ GOOD = {
     "amounts in binary units": resources("limits", "memory", "16Gi"),
     "amounts in decimal units": resources("limits", "memory", "1.5G"),
     "other devices": resources("limits", "rdma/hca", 1),
+    "everything of scheduling": {
+        "workers": {
+            "nodeSelector": {"pool": "h100"},
+            "tolerations": [{"operator": "Exists"}, {"key": "a", "effect": "NoExecute", "tolerationSeconds": 0}],
+            "affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": []}}},
+            "topologySpreadConstraints": [{"topologyKey": "zone", "minDomains": 2}],
+            "priorityClassName": "high",
+            "schedulerName": "volcano",
+            "runtimeClassName": "nvidia",
+            "serviceAccountName": "trainer",
+            "imagePullSecrets": ["registry"],
+            "labels": {"scheduling.x-k8s.io/pod-group": "gang", "team": ""},
+            "annotations": {"kueue.x-k8s.io/podset-required-topology": "rack"},
+            "hostNetwork": True,
+            "rdma": True,
+        },
+        "queue": {"name": "research", "priorityClass": "high"},
+    },
+    "every kind of variable": {
+        "workers": {
+            "env": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "EMPTY"},
+                {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}}},
+                {"name": "PROXY", "valueFrom": {"configMapKeyRef": {"name": "n", "key": "k", "optional": True}}},
+            ]
+        }
+    },
+    "every kind of volume": {
+        "workers": {
+            "volumes": [
+                {"name": "a", "configMap": {"name": "ca"}},
+                {"name": "b", "secret": {"secretName": "s"}},
+                {"name": "c", "persistentVolumeClaim": {"claimName": "c"}},
+                {"name": "d", "emptyDir": {}},
+                {"name": "e", "ephemeral": {"volumeClaimTemplate": {}}},
+                {"name": "f", "csi": {"driver": "d"}},
+                {"name": "g", "downwardAPI": {"items": []}},
+            ],
+            "volumeMounts": [{"name": name, "mountPath": f"/mnt/{name}", "subPath": "a..b/c"} for name in "abcdefg"],
+        }
+    },
+    "another maker's GPUs": {"workers": {"gpusPerNode": 8, "gpuResource": "amd.com/gpu"}},
     "one claim for both": {"storage": {"output": {"claimName": "models"}}},
     "no restart": {"failurePolicy": {"maxRestarts": 0}},
     "a job that waits": {"suspend": True},
@@ -111,7 +154,8 @@ def test_kubectl_admits_the_name(apply, manifest, name):
     assert (answer.returncode, answer.stderr) == (0, "")
 
 
-EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
+EXAMPLES = sorted((REPOSITORY / "examples").rglob("*.yaml"))
+EXAMPLES = [path for path in EXAMPLES if path.parent.name != "demo"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
@@ -129,7 +173,14 @@ def test_defaults_of_the_spec_are_filled_in_and_those_of_presets_are_not(apply, 
     assert apply(manifest("filled", preset="llama3/8B_lora", training={"epochs": 2})).returncode == 0
     found = kubectl("get", "ftj", "filled", "--namespace", namespace, "--output=json")
     spec = json.loads(found.stdout)["spec"]
-    assert spec["workers"] == {"nodes": 1, "gpusPerNode": 0, "resources": {"limits": {}, "requests": {}}}
+    assert spec["workers"] == {
+        "nodes": 1,
+        "gpusPerNode": 0,
+        "gpuResource": "nvidia.com/gpu",
+        "resources": {},
+        "hostNetwork": False,
+        "rdma": False,
+    }
     assert spec["failurePolicy"] == {"maxRestarts": 3}
     assert spec["suspend"] is False
     assert spec["training"] == {"epochs": 2}

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from kubetune_operator import build, pods, podspec, stagers
+from kubetune_operator import build, podspec, stagers
 from kubetune_operator.contents import contents
 from kubetune_operator.names import QUEUE_LABEL
 
@@ -112,7 +112,8 @@ CONTAINERS = {
     "pinned memory": (
         "{rdma: true}",
         "securityContext",
-        "{allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, capabilities: {drop: [ALL], add: [IPC_LOCK]}}",
+        "{allowPrivilegeEscalation: false, readOnlyRootFilesystem: true, runAsUser: 0, "
+        "runAsNonRoot: false, capabilities: {drop: [ALL], add: [IPC_LOCK]}}",
     ),
 }
 
@@ -316,4 +317,9 @@ def test_a_staging_pod_has_no_sidecar_either(stager):
 def test_only_what_is_asked_for_leaves_the_restricted_profile(worker):
     security = container(worker(OF_THE_GANG.replace("hostNetwork: true\nrdma: true\n", "")))["securityContext"]
     assert security["capabilities"] == {"drop": ["ALL"]}
-    assert pods.PINNING == ("IPC_LOCK",)
+
+
+def test_a_job_that_runs_as_root_keeps_its_tokens_to_itself(worker):
+    """Files of another user in a shared folder would stop whoever comes next."""
+    found = {item["name"]: item.get("value") for item in container(worker("{rdma: true}"))["env"]}
+    assert found["KUBETUNE_CACHE"] == "/kubetune/output/bot-0a1b2c3d/.tokens"

@@ -8,11 +8,11 @@ import hashlib
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Hashable
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_operator.api import API_VERSION, KIND
-from kubetune_operator.connection import MERGE, Connection, Manifest, path_of
+from kubetune_operator.connection import MERGE, Connection, Manifest, is_within, path_of
 from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY, ROLE_LABEL, STAGE
@@ -141,7 +141,7 @@ class Cluster:
         if known is not None and known.digest == digest and now - known.time < trusted_seconds:
             return
         found = await self.connection.get(*key)
-        if found is None or not _is_within(manifest, found):
+        if found is None or not is_within(manifest, found):
             await self.create(manifest)
         else:
             self._applied[key] = _Applied(digest, now)
@@ -381,21 +381,6 @@ def _identity(status: Manifest) -> PodIdentity | None:
 
 def _is_owned(found: Manifest, owner: str) -> bool:
     return any(reference["uid"] == owner for reference in found["metadata"].get("ownerReferences") or [])
-
-
-def _is_within(wanted: Any, found: Any) -> bool:
-    """Whether an object has everything that was asked for; the server adds more."""
-    if isinstance(wanted, dict):
-        return isinstance(found, dict) and all(
-            key in found and _is_within(value, found[key]) for key, value in wanted.items()
-        )
-    if isinstance(wanted, list):
-        return (
-            isinstance(found, list)
-            and len(found) == len(wanted)
-            and all(_is_within(*pair) for pair in zip(wanted, found, strict=True))
-        )
-    return bool(wanted == found)
 
 
 def _digest(manifest: Manifest) -> str:

@@ -219,3 +219,18 @@ def _told(text: bytes, reason: str | None) -> str:
 def _seconds(retry_after: str | None) -> float | None:
     """The seconds of a Retry-After header. The API server never writes the header's other form, a date."""
     return float(retry_after) if retry_after is not None and retry_after.isdecimal() else None
+
+
+def is_within(wanted: Any, found: Any) -> bool:
+    """Whether an object has everything that was asked for; the server adds more."""
+    if isinstance(wanted, dict):
+        return isinstance(found, dict) and all(
+            key in found and is_within(value, found[key]) for key, value in wanted.items()
+        )
+    if isinstance(wanted, list):
+        return (
+            isinstance(found, list)
+            and len(found) == len(wanted)
+            and all(is_within(*pair) for pair in zip(wanted, found, strict=True))
+        )
+    return bool(wanted == found)

@@ -195,8 +195,7 @@ def _failed(pods: Iterable[Manifest], since: datetime | None) -> list[Manifest]:
 
 
 def _asked(pod: Manifest) -> str:
-    asked = _deletion_asked(pod)
-    return "" if asked is None else asked.strftime("%Y-%m-%dT%H:%M:%SZ")
+    return f"{asked:%Y-%m-%dT%H:%M:%SZ}" if (asked := _deletion_asked(pod)) else ""
 
 
 def ending_by_job(job: Manifest) -> Ending:

@@ -163,6 +163,11 @@ def _follow(turn: Decision, content: Content, view: StageView) -> Step:
     if not owns(turn.job, view.job):
         turn.apply(stage_adoption(turn.job, content))
     up, what = any(is_ready(pod) for pod in view.pods), _what(turn.job, content)
+    lost = turn.lost(list(view.pods))
+    if lost is not None:  # the Job waits for that pod to end before it makes another one
+        turn.delete(view.job)
+        turn.look_again(1)
+        return Step(f"{what}, after a pod is given up: {lost.message}", waits=True)
     if is_held(view.job):
         return Step(f"{what}: {told(turn, view.job).rstrip('.')}", held=True)
     problem = turn.obstacle(view.job, 1, list(view.pods))
@@ -173,7 +178,8 @@ def _suspend(turn: Decision, view: StageView) -> Step:
     if view.shared:
         return Step("shared")
     turn.suspend(view.job, suspended=True)
-    return Step("stopped", stopping=any(is_live(pod) for pod in view.pods))
+    alive = any(is_live(pod) for pod in view.pods) and turn.lost(list(view.pods)) is None
+    return Step("stopped", stopping=alive)
 
 
 # ---------------------------------------------------------------- all of them

@@ -1,11 +1,17 @@
 """What a person or a lost node takes away, at every stage, and names that belong to somebody else."""
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
 
 from kubetune_operator.decision import TRUSTED_SECONDS
 from kubetune_operator.plan import Plan
+
+
+def stamp(moment: Any) -> str:
+    """As the API server writes times."""
+    return str(moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
 
 
 def names(decided: Plan) -> list[str]:
@@ -246,3 +252,32 @@ def test_a_deleted_pod_on_a_lost_node_ends_an_attempt_whose_job_fails_never(worl
     assert world.later(179).plan().status.state == "Running"
     decided = world.later(1).plan()
     assert told(decided, "Running")[:2] == ("False", "NodeLost")
+
+
+def staging_on_a_lost_node(world: Any) -> Any:
+    """Somebody asked for the staging pod's end, and its node does not answer."""
+    staging(world)
+    due = world.now + timedelta(seconds=30)
+    world.stage_pods[0]["metadata"] |= {"deletionTimestamp": stamp(due), "deletionGracePeriodSeconds": 30}
+    return world
+
+
+def test_a_staging_pod_on_a_lost_node_is_given_up_with_its_job(world, told):
+    """The Job replaces a pod only once that has ended."""
+    staging_on_a_lost_node(world)
+    before = world.later(89).plan()
+    assert (before.delete, before.requeue_after) == ([], 1)
+    decided = world.later(1).plan()
+    assert [item.kind for item in decided.delete] == ["Job"]
+    assert told(decided, "Staged")[2].endswith(
+        "after a pod is given up: The staging pod does not end on its node, which no longer answers."
+    )
+    world.stage = None
+    world.stage_pods.clear()
+    assert [item["kind"] for item in world.next().plan().apply] == ["Job"]
+
+
+def test_a_suspension_does_not_wait_for_a_staging_pod_on_a_lost_node(world, told):
+    staging_on_a_lost_node(world).with_spec(suspend=True)
+    assert told(world.later(89).plan(), "Suspended")[:2] == ("False", "Suspending")
+    assert told(world.later(1).plan(), "Suspended")[:2] == ("True", "Suspended")

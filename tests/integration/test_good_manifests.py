@@ -14,6 +14,14 @@ from kubetune_operator import api, build
 HUB = {"repo": "meta-llama/Llama-3.2-1B"}
 GATED = {"revision": "v2.1", "ignorePatterns": ["original/*"], "tokenSecretRef": {"name": "hf"}}
 
+BUCKET = {
+    "uri": "s3://acme-models/llama/8B v1",
+    "endpoint": "https://minio.storage.svc:9000",
+    "region": "eu-central-1",
+    "ignorePatterns": ["original/*"],
+    "credentialsSecretRef": {"name": "bucket"},
+}
+
 
 def resources(side, name, amount):
     return {"workers": {"resources": {side: {name: amount}}}}
@@ -23,6 +31,16 @@ GOOD = {
     "the smallest": {},
     "a model from the Hub": {"model": {"volumePath": None, "huggingFace": HUB}},
     "a gated model": {"model": {"volumePath": None, "huggingFace": HUB | GATED}},
+    "a model in a bucket": {"model": {"volumePath": None, "s3": BUCKET}},
+    "data of the Hub and of a public bucket": {
+        "dataset": {
+            "volumePath": None,
+            "huggingFace": {"repo": "acme/chats", "path": "data/train.jsonl", "tokenSecretRef": {"name": "hf"}},
+            "mixture": [{"s3": {"uri": "s3://acme-chats"}}, {"volumePath": "more.jsonl"}],
+        },
+        "validation": {"huggingFace": {"repo": "acme/chats", "split": "test"}},
+    },
+    "the memory of a GPU": {"workers": {"gpusPerNode": 8, "gpuMemory": "80Gi"}},
     "a path with dots in its names": {"model": {"volumePath": "models/Llama-3.2-1B/v1.0"}},
     "a hidden folder": {"model": {"volumePath": ".cache/llama"}},
     "all data options": {

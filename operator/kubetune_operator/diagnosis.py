@@ -13,6 +13,7 @@ from kubetune_contract.config import RunConfig
 from kubetune_contract.errors import as_in_manifests
 from kubetune_contract.exit_codes import USER_ERRORS, ExitCode, reason_of
 from kubetune_contract.progress import TerminationMessage
+from kubetune_operator.disruptions import explained
 from kubetune_operator.names import CONTAINER
 
 Manifest = dict[str, Any]
@@ -178,6 +179,16 @@ def ending(job: Manifest, pods: Iterable[Manifest], events: Events | None = None
     return _told(cause, first, events or {})
 
 
+def failed_tries(pods: Iterable[Manifest]) -> str:
+    """How often a Job that retries by itself has failed so far, and why the last time; "" if never."""
+    failed = sorted((pod for pod in pods if _has_failed(pod) and not is_live(pod)), key=_finished)
+    if not failed:
+        return ""
+    why = _told(cause_of(failed[-1], None), failed[-1], {})
+    tries = "One try has failed" if len(failed) == 1 else f"{len(failed)} tries have failed, the last one so"
+    return f"{tries}: {ended(why.message)}"
+
+
 def culprit(job: Manifest, pods: Iterable[Manifest]) -> Manifest | None:
     """The pod whose end is the best reason for the Job's; None if none shows one."""
     failed = _failed(pods, moment((ending_condition(job) or {}).get("lastTransitionTime")))
@@ -243,45 +254,8 @@ def disruption(pod: Manifest, events: Events, verb: str) -> tuple[str, str]:
     """Reason and sentence of a pod that is taken away from outside, such as `worker 1 must leave node "a": ...`."""
     target = condition(pod, "DisruptionTarget") or {}
     kind, words = target.get("reason", ""), target.get("message", "").strip()
-    reason, why = _disruption(kind, words, pod, events)
+    reason, why = explained(kind, words, events.get(about(pod), ()))
     return reason, f"{name_of(pod)} {verb} {node_of(pod)}: {why} ({kind}: {words})"
-
-
-def _disruption(kind: str, words: str, pod: Manifest, events: Events) -> tuple[str, str]:
-    for known, word, reason, why in _DISRUPTIONS:
-        if kind == known and word in words:
-            return reason, why.format(pod=_preemptor(pod, events))
-    return "Disruption", "it was taken away"
-
-
-_DISRUPTIONS: Final = (
-    ("PreemptionByScheduler", "", "Preempted", "{pod} of a higher priority takes its place"),
-    (
-        "EvictionByEvictionAPI",
-        "",
-        "Evicted",
-        "an eviction, such as kubectl drain, autoscalers and deschedulers ask for",
-    ),
-    ("DeletionByTaintManager", "", "NodeLost", "a NoExecute taint: the node does not answer, or it is being emptied"),
-    ("DeletionByPodGC", "", "NodeLost", "the node no longer exists"),
-    ("TerminationByKubelet", "shutdown", "NodeShutdown", "the node shuts down"),
-    ("TerminationByKubelet", "critical", "Preempted", "a critical pod takes its place"),
-    (
-        "TerminationByKubelet",
-        "",
-        "NodePressure",
-        "the node ran out of a resource, of which it used more than it requests",
-    ),
-)
-"""Kubernetes' reason (its page on disruptions lists them), a word of its message, our reason and our words."""
-
-
-def _preemptor(pod: Manifest, events: Events) -> str:
-    for event in events.get(about(pod), ()):
-        by = event.get("related") or {}
-        if event.get("reason") == "Preempted" and by.get("name"):
-            return f"pod {by.get('namespace')}/{by['name']}"
-    return "a pod"
 
 
 def _told(cause: Cause, pod: Manifest, events: Events) -> Ending:

@@ -17,6 +17,7 @@ from kubetune_operator.diagnosis import (
     condition,
     ending_by_job,
     ending_condition,
+    failed_tries,
     is_deleting,
     is_live,
     is_ready,
@@ -46,6 +47,8 @@ class Step(NamedTuple):
     """A queue holds its Job back."""
     stopping: bool = False
     """The job is suspended and its pod still runs."""
+    tries: str = ""
+    """How its Job's earlier pods failed: the Job tries again by itself."""
     obstacle: Obstacle | None = None
     why: Ending | None = None
     """It has failed."""
@@ -170,8 +173,8 @@ def _follow(turn: Decision, content: Content, view: StageView) -> Step:
         return Step(f"{what}, after a pod is given up: {lost.message}", waits=True)
     if is_held(view.job):
         return Step(f"{what}: {told(turn, view.job).rstrip('.')}", held=True)
-    problem = turn.obstacle(view.job, 1, list(view.pods))
-    return Step(what if up else f"{what}{STARTING}", waits=not up, obstacle=problem)
+    problem, text = turn.obstacle(view.job, 1, list(view.pods)), what if up else f"{what}{STARTING}"
+    return Step(text, waits=not up, obstacle=problem, tries=failed_tries(view.pods))
 
 
 def _suspend(turn: Decision, view: StageView) -> Step:
@@ -200,9 +203,10 @@ def _say(turn: Decision, steps: Sequence[Step], total: int) -> None:
         turn.blocked("Staged", problem)
         return
     first, *others = (step.text for step in steps)
+    tries = (step.tries for step in steps)
     text = "; ".join([first, *(text[0].lower() + text[1:] for text in others)])
     there = total - len(steps)
-    text = f"{text}." + (f" {there} of {total} are there." if there else "")
+    text = " ".join((f"{text}.", *([f"{there} of {total} are there."] if there else []), *filter(None, tries)))
     if any(step.held for step in steps):
         turn.condition("Staged", False, "WaitingForQuota", text, event="Normal")
     else:

@@ -35,7 +35,7 @@ CHOSEN = {
     ("deadlines", "reason"): {"StartupDeadlineExceeded"},
     ("diagnosis", "reason_of(int(code[1]))"): EXIT_REASONS,
     ("diagnosis", "word.reason"): EXIT_REASONS,
-    ("diagnosis", "reason"): {"Disruption", *(reason for _, _, reason, _ in diagnosis._DISRUPTIONS)},
+    ("diagnosis", "reason"): {disruptions.OTHER, *(reason for _, _, reason, _ in disruptions.TABLE)},
     ("diagnosis", "reason if reason == 'DeadlineExceeded' else ExitCode.CRASH.reason"): {"DeadlineExceeded", "Crash"},
     ("obstacles", "reason"): {"Unschedulable", "SchedulingGated", "SchedulerError", *obstacles.CREATE_REASONS},
     ("obstacles", "f'{kind}Missing'"): {"SecretMissing", "ConfigMapMissing"},

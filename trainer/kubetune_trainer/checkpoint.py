@@ -65,7 +65,7 @@ def as_output_error(error: BaseException, folder: Path) -> OutputError | None:
             f"{place}; free some space on that volume or enlarge it, or lower "
             "checkpoint.keep. The checkpoints that are there are whole"
         )
-    return OutputError(f"{place}; give output_dir a folder with rights and space")
+    return OutputError(f"{place}; give user {os.getuid()} the right to write there, or choose another volume or folder")
 
 
 def _errno_of(error: BaseException) -> int | None:

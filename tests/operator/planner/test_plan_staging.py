@@ -174,6 +174,18 @@ def test_one_claim_for_both_names_both_fields(world, told):
     assert "(spec.storage.models.claimName and spec.storage.output.claimName)" in told(world.plan(), "Failed")[2]
 
 
+def test_a_try_that_failed_is_told_while_the_job_tries_again(world, told):
+    """The Job waits ever longer between its tries: nobody should have to look at its pods."""
+    word = TerminationMessage(reason="SourceUnavailable", message="the hub does not answer").to_json()
+    world.staging().stage_pod("Failed", state=world.make.terminated(82, message=word))
+    message = told(world.plan(), "Staged")[2]
+    assert message.endswith(" One try has failed: The staging pod ended with exit code 82: the hub does not answer.")
+    world.stage_pod("Failed", state=world.make.terminated(1, message="boom")).stage_pod(ready=True)
+    assert (
+        "2 tries have failed, the last one so: The staging pod ended with exit code" in told(world.plan(), "Staged")[2]
+    )
+
+
 # ---------------------------------------------------------------- its end
 
 

@@ -14,6 +14,7 @@ from kubetune_operator import (
     deadlines,
     decision,
     diagnosis,
+    disruptions,
     memory,
     obstacles,
     plan,

@@ -11,25 +11,21 @@ import uuid
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Final
+from urllib.parse import urlsplit
 
 import kopf
 
 from kubetune_contract.progress import ProgressReport
 from kubetune_operator.cluster import Cluster, LeaseObject
 from kubetune_operator.connection import Connection
+from kubetune_operator.endpoint import health_app, keep_certificate_fresh, serve, server_context
 from kubetune_operator.errors import OperatorError
 from kubetune_operator.handlers import kopf_settings, registry_for, resync, work
+from kubetune_operator.health import Vitals, not_alive, not_ready
 from kubetune_operator.lease import Election
 from kubetune_operator.logs import JsonFormatter
-from kubetune_operator.metrics import Metrics
-from kubetune_operator.progress import (
-    ProgressServer,
-    ProgressStore,
-    health_app,
-    keep_certificate_fresh,
-    serve,
-    server_context,
-)
+from kubetune_operator.metrics import Metrics, standing
+from kubetune_operator.progress import ProgressServer, ProgressStore, Relay
 from kubetune_operator.reconciler import Reconciler, keys_of_child
 from kubetune_operator.settings import Settings, SettingsError
 from kubetune_operator.store import Manifest, Store
@@ -55,27 +51,33 @@ class Operator:
         self.queue.accepting = False  # until this replica leads
         self.progress = ProgressStore(settings.progress_write_seconds)
         self.cluster: Cluster | None = None
-        self.election: Election | None = None
+        self.leads: Callable[[], bool] = lambda: False
+        self.led_since = float("-inf")
         self.watching = asyncio.Event()
         self.stopping = asyncio.Event()
 
     async def run(self) -> None:
         """Run until SIGTERM or SIGINT. The caller ends the process: some parts still run."""
         settings = self.settings
-        connection = await Connection.open()
+        connection = await Connection.open(self.metrics.called)
         lease = LeaseObject(connection, settings.namespace, settings.lease_name)
-        self.election = Election(lease, identity_of(settings), address_of(settings))
-        connection.may_write = self.election.leads
+        election = Election(lease, identity_of(settings), address_of(settings))
+        connection.may_write = self.leads = election.leads
         self.cluster = Cluster(connection, settings.watch_namespace, self.child_changed)
-        await self._serve()
-        parts = [self.cluster.run(), self._count(), self._lead(self.cluster, self.election), self._watch()]
-        tasks = {asyncio.create_task(part) for part in parts}
+        self.cluster.jobs.restarted = self.metrics.watch_of("jobs")
+        self.cluster.pods.restarted = self.metrics.watch_of("pods")
+        self.metrics.leader.set_function(lambda: float(election.leads()))
+        await self._serve(self.cluster, election)
+        lead = asyncio.create_task(self._lead(self.cluster, election))
+        tasks = {lead, *(asyncio.create_task(part) for part in (self.cluster.run(), self._count(), self._watch()))}
         stopped = asyncio.create_task(self.stopping.wait())
         done, _ = await asyncio.wait({stopped, *tasks}, return_when=asyncio.FIRST_COMPLETED)
         for broken in done - {stopped}:
             broken.result()  # raises what broke it; no part ends by itself
             raise RuntimeError("a part of the operator has ended")
-        await self._stop(connection, self.election)
+        await self._finish()
+        lead.cancel()  # a renewal would take back what is given back
+        await self._give_back(connection, election)
 
     async def _lead(self, cluster: Cluster, election: Election) -> None:
         """Wait for the caches, then for the Lease; reconcile until it is lost."""
@@ -83,6 +85,7 @@ class Operator:
         log.info("caches are complete")
         await election.acquire()
         log.info("this replica leads", extra={"holder": election.identity})
+        self.led_since = time.monotonic()
         self.queue.accepting = True
         reconciler = Reconciler(cluster, self.store, self.progress, self.settings, self.metrics)
         async with asyncio.TaskGroup() as tasks:
@@ -94,13 +97,16 @@ class Operator:
             logging.shutdown()
             os._exit(LOST)  # at once: what is under way must not be written
 
-    async def _stop(self, connection: Connection, election: Election) -> None:
-        """Finish what workers have, then let another replica lead at once."""
+    async def _finish(self) -> None:
+        """Let workers finish what they have."""
         self.queue.close()
         with suppress(TimeoutError):
             async with asyncio.timeout(FINISH_SECONDS):
                 while self.queue.busy:
                     await asyncio.sleep(0.01)
+
+    async def _give_back(self, connection: Connection, election: Election) -> None:
+        """Let another replica lead at once."""
         connection.may_write = lambda: False
         try:
             async with asyncio.timeout(FINISH_SECONDS):
@@ -124,17 +130,29 @@ class Operator:
             asyncio.get_running_loop().add_signal_handler(number, self.stopping.set)
         await kopf.run_tasks(tasks)
 
-    async def _serve(self) -> None:
-        await serve(health_app(self.metrics, self.is_ready), self.settings.metrics_port)
-        certificate, key = self.settings.tls_cert_file, self.settings.tls_key_file
-        if certificate is None or key is None:
+    async def _serve(self, cluster: Cluster, election: Election) -> None:
+        health = health_app(self.metrics, lambda: not_alive(self.vitals()), lambda: not_ready(self.vitals()))
+        await serve(health, self.settings.metrics_port)
+        settings = self.settings
+        certificate, key, authority, url = (
+            settings.tls_cert_file,
+            settings.tls_key_file,
+            settings.ca_file,
+            settings.progress_url,
+        )
+        if certificate is None or key is None or authority is None or url is None:
             log.info("no certificate is set: training runs without progress reports")
             return
         context = server_context(certificate, key)
-        assert self.cluster is not None
-        authenticate = await self._authenticator(self.cluster)
-        server = ProgressServer(authenticate, self.cluster.pods.get, self.take_report)
-        await serve(server.app(), self.settings.progress_port, context)
+        server = ProgressServer(
+            await self._authenticator(cluster),
+            cluster.pods.get,
+            self.take_report,
+            relay=Relay(lambda: election.leader_address, authority, urlsplit(url).hostname or ""),
+            leads=election.leads,
+            told=self.metrics.reported,
+        )
+        await serve(server.app(), settings.progress_port, context)
         self._refresh = asyncio.create_task(keep_certificate_fresh(context, certificate, key))
 
     async def _authenticator(self, cluster: Cluster) -> Callable[[str], Awaitable[PodIdentity | None]]:
@@ -152,9 +170,20 @@ class Operator:
             )
         return verifier.identify
 
-    def is_ready(self) -> bool:
-        """Whether the caches are complete and FineTuneJobs are watched."""
-        return self.watching.is_set() and self.cluster is not None and self.cluster.is_synced
+    def vitals(self) -> Vitals:
+        """Signs of life of all parts."""
+        now, cluster = time.monotonic(), self.cluster
+        assert cluster is not None
+        return Vitals(
+            synced=self.watching.is_set() and cluster.is_synced,
+            leads=self.leads(),
+            answered=now - cluster.connection.answered,
+            heard={"jobs": now - cluster.jobs.heard, "pods": now - cluster.pods.heard},
+            listed=now - max(cluster.listed, self.led_since),
+            resync=self.settings.resync_seconds,
+            working=self.queue.working,
+            waiting=self.queue.waiting,
+        )
 
     def child_changed(self, manifest: Manifest) -> None:
         """A child Job or pod has changed: look at the FineTuneJobs that it is about."""
@@ -172,7 +201,8 @@ class Operator:
 
     async def _count(self) -> None:
         while True:
-            self.metrics.count_jobs(self.store.states())
+            self.metrics.count_jobs(standing(status) for status in self.store.statuses())
+            self.metrics.keep(self.store.trainings())
             self.metrics.queue_depth.set(len(self.queue))
             await asyncio.sleep(1)
 

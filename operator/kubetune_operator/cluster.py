@@ -59,6 +59,8 @@ class Cluster:
         """`namespace` is the only one to watch, None is all. `changed` hears of every change of a child."""
         self.connection = connection
         self._namespace = namespace
+        self.listed = float("-inf")
+        """Monotonic time of the last complete list of FineTuneJobs."""
         self._applied: dict[tuple[str, str, str], _Applied] = {}
         self._tokens: dict[str, tuple[float, PodIdentity | None]] = {}
         self._posted: dict[tuple[str, str, str, str], tuple[str, int]] = {}
@@ -90,6 +92,7 @@ class Cluster:
     async def list_finetunejobs(self) -> list[Manifest]:
         """All FineTuneJobs."""
         answer = await self.connection.request("GET", path_of(KIND, self._namespace))
+        self.listed = time.monotonic()
         return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in answer["items"]]
 
     async def get_finetunejob(self, namespace: str, name: str) -> Manifest | None:

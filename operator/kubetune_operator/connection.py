@@ -189,6 +189,8 @@ def throttle(retry_after: float | None) -> float:
 def meaning_of(method: str, path: str, query: Mapping[str, str] | None = None) -> tuple[str, str]:
     """Verb and resource of a request, in the words of the API."""
     parts = path.strip("/").split("/")
+    if parts[0] not in ("api", "apis"):  # what is no object, such as the public keys
+        return "get", parts[0]
     parts = parts[2:] if parts[0] == "api" else parts[3:]
     if len(parts) > 2 and parts[0] == "namespaces":
         parts = parts[2:]

@@ -35,13 +35,21 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
             again_after = await reconciler.reconcile(key)
         except OperatorError as error:
             metrics.errors.inc()
-            log.warning("%s: trying again in %.1f s: %s", key, queue.failed(key), error)
+            wait = queue.failed(key)
+            log.warning("%s: trying again in %.1f s: %s", key, wait, error, extra=_about(key, started, wait))
         except Exception:
             metrics.errors.inc()
-            log.exception("%s: trying again in %.1f s after an error of our own", key, queue.failed(key))
+            wait = queue.failed(key)
+            about = _about(key, started, wait)
+            log.exception("%s: trying again in %.1f s after an error of our own", key, wait, extra=about)
         else:
             queue.done(key, again_after)
         metrics.reconcile_seconds.observe(time.monotonic() - started)
+
+
+def _about(key: str, started: float, wait: float) -> dict[str, object]:
+    """What a program may look for in a log line about a reconcile."""
+    return {"job": key, "duration": round(time.monotonic() - started, 3), "wait": round(wait, 3)}
 
 
 async def resync(cluster: Cluster, store: Store, queue: WorkQueue, seconds: float) -> None:

@@ -17,7 +17,7 @@ from kubetune_operator.diagnosis import is_live
 from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError, UnknownFields
 from kubetune_operator.eventbook import EventBook
 from kubetune_operator.gathering import Gathering
-from kubetune_operator.metrics import Metrics
+from kubetune_operator.metrics import Metrics, standing
 from kubetune_operator.names import (
     ATTEMPT_LABEL,
     JOB_LABEL,
@@ -188,7 +188,9 @@ class Reconciler:
                 await self._is_current(body)
             raise
         self._metrics.status_writes.inc()
+        self._metrics.told(_status(body), decided.status)
         self._store.offer(answer)
+        self._log(body, decided.status)
         if is_finished(decided.status):
             self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
         for event in decided.events:
@@ -197,6 +199,15 @@ class Reconciler:
             except OperatorError as error:  # the conditions say the same: an event is not worth a second try
                 log.warning("%s: cannot post event %s: %s", key_of(body), event.reason, error)
         return True
+
+    def _log(self, body: Manifest, status: FineTuneJobStatus) -> None:
+        """A line for each change of a job's state."""
+        state, reason = standing(status.to_dict())
+        if state != _status(body).state:
+            about = {"job": key_of(body), "attempt": status.attempt, "state": state, "reason": reason}
+            if status.start_time is not None and status.completion_time is not None:
+                about["duration"] = (status.completion_time - status.start_time).total_seconds()
+            log.info("%s is %s (%s)", key_of(body), state, reason, extra=about)
 
     def _forget(self, key: str) -> None:
         namespace, _, name = key.partition("/")

@@ -50,9 +50,14 @@ class Store:
         del self._bodies[key]
         return True
 
-    def states(self) -> list[str]:
-        """The state of every FineTuneJob."""
-        return [(body.get("status") or {}).get("state", "Pending") for body in self._bodies.values()]
+    def statuses(self) -> list[Manifest]:
+        """The status of every FineTuneJob; empty of one that has none yet."""
+        return [body.get("status") or {} for body in self._bodies.values()]
+
+    def trainings(self) -> set[str]:
+        """The keys of those whose workers run, or start to."""
+        states = {key: (body.get("status") or {}).get("state") for key, body in self._bodies.items()}
+        return {key for key, state in states.items() if state in ("Starting", "Running")}
 
     def needs_staging(self, namespace: str, owner: Manifest) -> bool:
         """Whether the owner of a staging Job still waits for it."""

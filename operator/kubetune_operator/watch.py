@@ -59,6 +59,10 @@ class ObjectCache:
         self._groups: dict[Hashable, set[Key]] = defaultdict(set)
         self._graves: deque[_Grave] = deque(maxlen=GRAVES)
         self._version = ""
+        self.heard = time.monotonic()
+        """When the server last said anything of this kind, were it only that nothing has changed."""
+        self.restarted: Callable[[str], None] = lambda _: None
+        """Hears why a watch is opened anew: it has ended, expired, or broken by an error."""
         self.synced = asyncio.Event()
         """Set once the first list is complete."""
 
@@ -92,11 +96,14 @@ class ObjectCache:
                     await self._list()
                 await self._follow()
                 failures = 0
+                self.restarted("ended")
             except Expired:
+                self.restarted("expired")
                 self._version = ""
             except OperatorError as error:
                 wait = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)] * random.uniform(0.5, 1.0)  # noqa: S311
                 failures += 1
+                self.restarted("error")
                 log.warning("watch interrupted, trying again in %.1f s: %s", wait, error)
                 await asyncio.sleep(wait)
 
@@ -112,10 +119,12 @@ class ObjectCache:
             if known is None or version(known) != version(item):
                 self._put(item)
         self._version = answer["metadata"]["resourceVersion"]
+        self.heard = time.monotonic()
         self.synced.set()
 
     async def _follow(self) -> None:
         async for event in self._source.watch(self._version):
+            self.heard = time.monotonic()
             manifest = event["object"]
             match event["type"]:
                 case "ADDED" | "MODIFIED":

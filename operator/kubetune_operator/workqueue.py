@@ -20,8 +20,8 @@ class WorkQueue:
         self._debounce = debounce_seconds
         self._urgent: deque[str] = deque()
         self._ready: deque[str] = deque()
-        self._queued: set[str] = set()
-        self._active: set[str] = set()
+        self._queued: dict[str, float] = {}
+        self._active: dict[str, float] = {}
         self._again: dict[str, bool] = {}
         self._timers: dict[str, asyncio.TimerHandle] = {}
         self._finished: dict[str, float] = {}
@@ -37,6 +37,16 @@ class WorkQueue:
     def busy(self) -> int:
         """Keys that workers have."""
         return len(self._active)
+
+    @property
+    def working(self) -> float:
+        """Seconds since the slowest work under way began; 0 if there is none."""
+        return self._now() - min(self._active.values(), default=self._now())
+
+    @property
+    def waiting(self) -> float:
+        """Seconds for which the first key has waited for a worker; 0 if none waits."""
+        return self._now() - min(self._queued.values(), default=self._now())
 
     def close(self) -> None:
         """Take no more keys and give none out; workers finish what they have."""
@@ -78,8 +88,8 @@ class WorkQueue:
         """The next key. The caller has it alone until it calls done()."""
         await self._available.acquire()
         key = (self._urgent or self._ready).popleft()
-        self._queued.discard(key)
-        self._active.add(key)
+        self._queued.pop(key)
+        self._active[key] = self._now()
         self._stop_timer(key)
         return key
 
@@ -107,7 +117,7 @@ class WorkQueue:
         self._stop_timer(key)
 
     def _release(self, key: str) -> None:
-        self._active.discard(key)
+        self._active.pop(key, None)
         self._finished[key] = self._now()
         if key in self._again:
             self.add(key, urgent=self._again.pop(key))
@@ -119,7 +129,7 @@ class WorkQueue:
                 self._ready.remove(key)
                 self._urgent.append(key)
             return
-        self._queued.add(key)
+        self._queued[key] = self._now()
         (self._urgent if urgent else self._ready).append(key)
         self._available.release()
 

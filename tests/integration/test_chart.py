@@ -79,13 +79,22 @@ def test_every_group_of_values_is_closed(path):
     assert dict(groups(SCHEMA))[path]["additionalProperties"] is False
 
 
+def shown(values: Object, node: Object, path: str = "") -> Iterator[str]:
+    """The paths of all values in values.yaml, as deep as the schema names them."""
+    for name, value in values.items():
+        below = resolved(node["properties"].get(name, {}))
+        where = f"{path}.{name}".lstrip(".")
+        if "properties" in below:
+            yield from shown(value, below, where)
+        else:
+            yield where
+
+
 def test_values_yaml_shows_every_value_but_those_that_the_operator_has_defaults_for():
-    shown = {f"{group}.{name}" for group, below in VALUES.items() if isinstance(below, dict) for name in below}
-    shown |= set(VALUES)
-    free = {"resources", "nodeSelector", "affinity", "global"}
-    missing = {path for path in LEAVES if path not in shown and not path.startswith("settings.")}
+    found = set(shown(VALUES, SCHEMA))
+    missing = {path for path in LEAVES if path not in found and not path.startswith("settings.")}
     assert missing == {"global"}
-    assert {path for path in shown if "." in path and path.partition(".")[0] not in free} <= set(LEAVES)
+    assert found <= set(LEAVES)
 
 
 REFUSED = {
@@ -288,7 +297,7 @@ RENDERED = {
     ),
     "networkPolicy.apiServerPorts": (
         {"networkPolicy": {"enabled": True, "apiServerPorts": [8443]}},
-        lambda found: found["NetworkPolicy", "kubetune"]["spec"]["egress"],
+        lambda found: found["NetworkPolicy", "kubetune"]["spec"]["egress"][1:],
         [{"ports": [{"port": 8443, "protocol": "TCP"}]}],
     ),
     "networkPolicy.workerNamespaces": (
@@ -303,6 +312,39 @@ RENDERED = {
             [kind for kind, _ in found if kind == "Secret"],
         ),
         ("mine", []),
+    ),
+    "metrics.serviceMonitor.enabled": (
+        {"metrics": {"serviceMonitor": {"enabled": True}}},
+        lambda found: (
+            found["ServiceMonitor", "kubetune"]["spec"]["selector"]["matchLabels"].items()
+            <= found["Service", "kubetune-metrics"]["metadata"]["labels"].items(),
+            found["ServiceMonitor", "kubetune"]["spec"]["endpoints"][0]["port"],
+            found["Service", "kubetune-metrics"]["spec"]["ports"][0]["name"],
+        ),
+        (True, "metrics", "metrics"),
+    ),
+    "metrics.serviceMonitor.labels": (
+        {"metrics": {"serviceMonitor": {"enabled": True, "labels": {"release": "prometheus"}}}},
+        lambda found: found["ServiceMonitor", "kubetune"]["metadata"]["labels"]["release"],
+        "prometheus",
+    ),
+    "metrics.serviceMonitor.interval": (
+        {"metrics": {"serviceMonitor": {"enabled": True, "interval": "5s"}}},
+        lambda found: found["ServiceMonitor", "kubetune"]["spec"]["endpoints"][0]["interval"],
+        "5s",
+    ),
+    "metrics.dashboard.enabled": (
+        {"metrics": {"dashboard": {"enabled": True}}},
+        lambda found: json.loads(found["ConfigMap", "kubetune-dashboard"]["data"]["kubetune.json"])["uid"],
+        "kubetune",
+    ),
+    "metrics.dashboard.labels": (
+        {"metrics": {"dashboard": {"enabled": True, "labels": {"dashboards": "yes"}}}},
+        lambda found: (
+            {"grafana_dashboard": "1", "dashboards": "yes"}.items()
+            <= found["ConfigMap", "kubetune-dashboard"]["metadata"]["labels"].items()
+        ),
+        True,
     ),
     "resources": (
         {"resources": {"limits": {"memory": "1Gi"}}},
@@ -405,6 +447,12 @@ def test_two_replicas_share_a_lease_and_are_not_drained_together(render):
     assert objects["Role", "kubetune-lease"]["metadata"]["namespace"] == "ops"
 
 
+def test_nothing_is_made_for_prometheus_and_grafana_unless_it_is_asked_for(render):
+    kinds = [kind for kind, _ in render()]
+    assert "ServiceMonitor" not in kinds
+    assert "ConfigMap" not in kinds
+
+
 def test_a_service_selects_the_operator(render):
     objects = render()
     selector = objects["Service", "kubetune-progress"]["spec"]["selector"]
@@ -441,7 +489,9 @@ def test_a_release_for_one_namespace_needs_nothing_outside_it_but_the_definition
 def test_workers_of_the_watched_namespace_may_report_and_talk_to_each_other(render):
     found = render(watchNamespace="team", networkPolicy={"enabled": True})
     operator, workers = found["NetworkPolicy", "kubetune"], found["NetworkPolicy", "kubetune-ops-workers"]
-    (peer,) = operator["spec"]["ingress"][0]["from"]
+    peer, replica = operator["spec"]["ingress"][0]["from"]
+    assert replica == {"podSelector": operator["spec"]["podSelector"]}
+    assert operator["spec"]["egress"][0]["to"] == [replica], "a standby hands reports over to the leader"
     assert peer["podSelector"]["matchLabels"] == {"kubetune.io/role": "worker"}
     assert peer["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": "team"}
     assert workers["metadata"]["namespace"] == "team"

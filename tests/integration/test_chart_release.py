@@ -61,6 +61,7 @@ RELEASED = [
     "role.rbac.authorization.k8s.io/R-lease",
     "rolebinding.rbac.authorization.k8s.io/R-lease",
     "secret/R-progress-tls",
+    "service/R-metrics",
     "service/R-progress",
     "serviceaccount/R",
 ]

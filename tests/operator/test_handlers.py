@@ -76,10 +76,12 @@ def test_a_job_given_to_another_operator_is_let_go(store, body):
     assert len(store) == 0
 
 
-def test_a_job_without_a_state_is_pending(store, body):
+def test_statuses_and_running_trainings_are_known(store, body):
     store.offer(body("a"))
     store.offer(body("b", status={"state": "Running"}))
-    assert sorted(store.states()) == ["Pending", "Running"]
+    store.offer(body("c", status={"state": "Succeeded"}))
+    assert store.statuses() == [{}, {"state": "Running"}, {"state": "Succeeded"}]
+    assert store.trainings() == {"team/b"}
 
 
 NEEDS = [
@@ -304,7 +306,7 @@ async def test_a_planned_look_happens(queue, working):
 async def test_every_reconcile_is_measured(queue, working):
     scripted = await working(None)
     queue.add("team/bot")
-    await until(lambda: scripted.metrics.registry.get_sample_value("kubetune_reconcile_seconds_count") == 1)
+    await until(lambda: scripted.metrics.registry.get_sample_value("kubetune_reconcile_duration_seconds_count") == 1)
 
 
 def test_keys_are_namespace_and_name(body):

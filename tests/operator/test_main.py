@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 
 from kubetune_contract.progress import Progress, ProgressReport
-from kubetune_operator.__main__ import Operator
+from kubetune_operator.__main__ import Operator, address_of, identity_of
 from kubetune_operator.logs import JsonFormatter
 
 
@@ -54,9 +54,25 @@ async def operator(settings) -> Operator:
     return Operator(settings)
 
 
-async def test_an_operator_that_has_not_connected_is_not_ready(operator):
-    operator.watching.set()
-    assert not operator.is_ready()
+def test_what_a_program_looks_for_has_a_key_of_its_own(line):
+    found = line("team/bot is Failed (OOMKilled)", job="team/bot", attempt=2, duration=61.5, secret="x")
+    assert {key: found[key] for key in ("job", "attempt", "duration")} == {
+        "job": "team/bot",
+        "attempt": 2,
+        "duration": 61.5,
+    }
+    assert "secret" not in found
+
+
+@pytest.mark.parametrize(("ip", "address"), [("10.0.0.7", "10.0.0.7:8443"), ("fd00::7", "[fd00::7]:8443")])
+def test_the_other_replicas_find_the_endpoint(settings, ip, address):
+    assert address_of(settings.model_copy(update={"pod_ip": ip})) == address
+    assert address_of(settings) is None
+
+
+def test_a_replica_is_known_by_its_pod_or_by_a_name_that_nobody_else_has(settings):
+    assert identity_of(settings.model_copy(update={"pod_name": "kubetune-0"})) == "kubetune-0"
+    assert identity_of(settings) != identity_of(settings)
 
 
 async def test_a_report_is_measured_at_once_and_looked_at_when_it_is_time(operator):

@@ -1,6 +1,7 @@
 """The progress endpoint: who may report what, what is shown when, and its neighbours for health and metrics."""
 
 import asyncio
+import contextlib
 import datetime as dt
 import ssl
 from typing import NamedTuple
@@ -16,19 +17,11 @@ from cryptography.x509.oid import NameOID
 
 from kubetune_contract.paths import PROGRESS_PATH
 from kubetune_contract.progress import Progress, ProgressReport
-from kubetune_operator import progress as endpoint
+from kubetune_operator import endpoint
+from kubetune_operator.endpoint import Guard, health_app, keep_certificate_fresh, serve, server_context
 from kubetune_operator.errors import Unreachable
 from kubetune_operator.metrics import Metrics
-from kubetune_operator.progress import (
-    BODY_LIMIT,
-    ProgressServer,
-    ProgressStore,
-    health_app,
-    keep_certificate_fresh,
-    may_report,
-    serve,
-    server_context,
-)
+from kubetune_operator.progress import BODY_LIMIT, FORWARDED, Limiter, ProgressServer, ProgressStore, Relay, may_report
 
 DEADLINE = 5.0
 
@@ -233,6 +226,166 @@ async def test_reports_can_only_be_posted(server):
     assert (await server.get("/v1/progress/team/bot/1")).status == 405
 
 
+# ---------------------------------------------------------------- too often, too slow, too many
+
+
+def test_a_limit_fills_up_with_time():
+    limiter = Limiter(rate=0.5, burst=2)
+    for allowed in (True, True, False):
+        assert limiter.allows("pod", now=100) is allowed
+        limiter.count("pod", now=100)
+    assert not limiter.allows("pod", now=101.9)
+    assert limiter.allows("pod", now=102)
+    assert limiter.allows("another", now=100)
+    for _ in range(9):
+        limiter.count("pod", now=102)
+    assert limiter.allows("pod", now=104), "what was refused is not owed"
+
+
+def test_a_limit_does_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("kubetune_operator.progress.MEMORY_SIZE", 3)
+    limiter = Limiter(rate=1, burst=1)
+    for number in range(20):
+        limiter.count(str(number), now=100)
+    assert len(limiter._left) <= 3
+
+
+async def test_a_pod_that_reports_all_the_time_is_slowed_down(server):
+    answers = [(await post(server))[0] for _ in range(12)]
+    assert answers == [204] * 10 + [429] * 2
+    assert len(server.taken) == 10
+
+
+async def test_who_guesses_tokens_is_not_listened_to(server):
+    answers = [(await post(server, token=f"guess {number}"))[0] for number in range(22)]
+    assert answers == [401] * 20 + [429] * 2
+    assert (await post(server))[0] == 429
+
+
+async def test_a_client_that_never_ends_its_report_is_cut_off(worker, monkeypatch):
+    monkeypatch.setattr(endpoint, "REQUEST_SECONDS", 0.05)
+    taken = []
+
+    async def authenticate(_: str) -> Pod:
+        return Pod()
+
+    server = ProgressServer(authenticate, lambda *_: worker, lambda *arguments: taken.append(arguments))
+    runner, port = await _served(server.app())
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    head = "POST /v1/progress/team/bot/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nContent-Length: 50\r\n\r\n{"
+    writer.write(head.encode())
+    async with asyncio.timeout(DEADLINE):
+        assert (await reader.readline()).startswith(b"HTTP/1.1 408")
+    writer.close()
+    await runner.cleanup()
+    assert taken == []
+
+
+async def _served(app: web.Application):
+    runner = await serve(app, 0)
+    return runner, next(address[1] for address in runner.addresses if len(address) == 2)
+
+
+async def test_a_connection_on_which_nothing_comes_is_closed(monkeypatch):
+    monkeypatch.setattr(endpoint, "IDLE_SECONDS", 0.1)
+    app = web.Application()
+    runner, port = await _served(app)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    async with asyncio.timeout(DEADLINE):
+        with contextlib.suppress(ConnectionError):
+            assert await reader.read() == b""
+    writer.close()
+    await runner.cleanup()
+
+
+class Idle:
+    """A connection as the guard sees it."""
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.transport = self
+
+    def abort(self) -> None:
+        self.closed = True
+
+
+def test_of_too_many_connections_the_oldest_idle_ones_are_closed(monkeypatch):
+    monkeypatch.setattr(endpoint, "MOST_CONNECTIONS", 2)
+    guard, connections = Guard(), [Idle() for _ in range(2)]
+    guard.close_idle(connections, now=100)
+    connections += [Idle(), Idle()]
+    guard._busy.add(connections[0])
+    guard.close_idle(connections, now=101)
+    assert [found.closed for found in connections] == [False, True, True, False]
+
+
+# ---------------------------------------------------------------- two replicas
+
+
+@pytest.fixture
+async def replicas(worker, tmp_path):
+    """(standby, leader's taken reports, what the standby is told): two endpoints, the leader behind TLS."""
+    files = certificate(tmp_path)
+    taken: list[object] = []
+    outcomes: list[str] = []
+
+    async def authenticate(token: str) -> Pod | None:
+        return Pod() if token == "good" else None
+
+    def app(**options) -> web.Application:
+        return ProgressServer(authenticate, lambda *_: worker, lambda *found: taken.append(found), **options).app()
+
+    runner = await serve(app(), 0, server_context(*files))
+    port = next(address[1] for address in runner.addresses if len(address) == 2)
+    state = {"address": f"127.0.0.1:{port}"}
+    relay = Relay(lambda: state["address"], files[0], "localhost")
+    standby = app(relay=relay, leads=lambda: False, told=outcomes.append)
+    async with TestClient(TestServer(standby)) as client:
+        client.taken, client.outcomes, client.state, client.files = taken, outcomes, state, files
+        yield client
+    await relay._close()
+    await runner.cleanup()
+
+
+async def test_a_standby_hands_a_report_over_to_the_leader(replicas):
+    assert await post(replicas) == (204, "")
+    assert replicas.taken == [("team", "bot", 1, "bot-a1-0-uid", report())]
+    assert replicas.outcomes == ["taken"]
+
+
+async def test_a_standby_refuses_by_itself_what_the_leader_would(replicas):
+    assert (await post(replicas, token="guess"))[0] == 401
+    assert (await post(replicas, path="/v1/progress/team/other/1"))[0] == 403
+    assert (await post(replicas, data="x"))[0] == 400
+    assert (replicas.taken, replicas.outcomes) == ([], ["unauthenticated", "forbidden", "invalid"])
+
+
+async def test_while_nobody_leads_a_report_is_put_off(replicas):
+    replicas.state["address"] = None
+    assert await post(replicas) == (503, "no replica leads at the moment")
+
+
+async def test_a_leader_that_has_just_died_is_told_as_such(replicas):
+    replicas.state["address"] = "127.0.0.1:9"
+    assert await post(replicas) == (503, "the leader cannot be reached now")
+
+
+async def test_a_report_is_handed_over_once_at_most(replicas):
+    headers = {"Authorization": "Bearer good", FORWARDED: "true"}
+    answer = await replicas.post("/v1/progress/team/bot/1", data=report().to_json(), headers=headers)
+    assert (answer.status, await answer.text()) == (503, "this replica does not lead")
+
+
+async def test_tokens_are_not_given_to_somebody_with_another_certificate(replicas, tmp_path):
+    """The address stands in the Lease; whoever could write there must not get the workers' tokens."""
+    (tmp_path / "other").mkdir()
+    impostor = await serve(web.Application(), 0, server_context(*certificate(tmp_path / "other", "elsewhere")))
+    port = next(address[1] for address in impostor.addresses if len(address) == 2)
+    replicas.state["address"] = f"127.0.0.1:{port}"
+    assert (await post(replicas))[0] == 503
+    await impostor.cleanup()
+
+
 # ---------------------------------------------------------------- TLS
 
 
@@ -333,23 +486,31 @@ async def test_a_broken_renewal_keeps_the_old_certificate(secure, monkeypatch, c
 
 @pytest.fixture
 async def health():
-    """The health endpoint; `ready` decides."""
-    state = {"ready": False}
+    """The health endpoint; `wrong` decides."""
+    wrong = {"alive": None, "ready": "the caches are being filled"}
     metrics = Metrics()
-    async with TestClient(TestServer(health_app(metrics, lambda: state["ready"]))) as client:
-        client.state, client.metrics = state, metrics
+    app = health_app(metrics, lambda: wrong["alive"], lambda: wrong["ready"])
+    async with TestClient(TestServer(app)) as client:
+        client.wrong, client.metrics = wrong, metrics
         yield client
 
 
 async def test_the_operator_is_alive_before_it_is_ready(health):
     assert (await health.get("/healthz")).status == 200
-    assert (await health.get("/readyz")).status == 503
-    health.state["ready"] = True
+    refused = await health.get("/readyz")
+    assert (refused.status, await refused.text()) == (503, "the caches are being filled")
+    health.wrong["ready"] = None
     assert (await health.get("/readyz")).status == 200
 
 
+async def test_an_operator_that_should_be_started_anew_says_why(health):
+    health.wrong["alive"] = "a reconcile has been under way for 400 s"
+    refused = await health.get("/healthz")
+    assert (refused.status, await refused.text()) == (503, "a reconcile has been under way for 400 s")
+
+
 async def test_metrics_are_served_as_text(health):
-    health.metrics.count_jobs(["Running"])
+    health.metrics.count_jobs([("Running", "Running")])
     answer = await health.get("/metrics")
     assert answer.headers["Content-Type"].startswith("text/plain")
-    assert 'kubetune_jobs{state="Running"} 1.0' in await answer.text()
+    assert 'kubetune_jobs{reason="Running",state="Running"} 1.0' in await answer.text()

@@ -8,7 +8,6 @@ import datetime as dt
 import json
 import os
 import signal
-import socket
 import ssl
 import subprocess
 import sys
@@ -26,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from kube import Kube, events
-from tests.integration.operator.server import Account, Proxy
+from tests.integration.operator.server import Account, Proxy, free_port
 
 from kubetune_contract.progress import ProgressReport, Result, TerminationMessage
 from kubetune_contract.staging import StagedModel
@@ -47,12 +46,6 @@ DONE = TerminationMessage(
 
 
 # ---------------------------------------------------------------- the operator's process
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 class Operator:
@@ -138,6 +131,10 @@ class Drill:
         self.namespace = namespace
         self.operator = operator
         self.manifest = manifest
+
+    def replica(self, folder: Path, **settings: str) -> Operator:
+        """Another replica of the operator, which is not started."""
+        return Operator(self.kube.config, self.namespace, folder, **settings)
 
     def kubectl(self, *words: str, stdin: Object | None = None) -> str:
         text = None if stdin is None else json.dumps(stdin)

@@ -4,6 +4,7 @@ import asyncio
 import base64
 import http.client
 import json
+import socket
 import ssl
 import tempfile
 import threading
@@ -262,3 +263,9 @@ class Proxy:
                 await response.write(chunk)
             await response.write_eof()
         return response
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])

@@ -41,12 +41,14 @@ class WorkQueue:
     @property
     def working(self) -> float:
         """Seconds since the slowest work under way began; 0 if there is none."""
-        return self._now() - min(self._active.values(), default=self._now())
+        now = self._now()
+        return now - min(self._active.values(), default=now)
 
     @property
     def waiting(self) -> float:
         """Seconds for which the first key has waited for a worker; 0 if none waits."""
-        return self._now() - min(self._queued.values(), default=self._now())
+        now = self._now()
+        return now - min(self._queued.values(), default=now)
 
     def close(self) -> None:
         """Take no more keys and give none out; workers finish what they have."""

@@ -235,3 +235,25 @@ async def test_an_answer_that_the_watch_has_passed_is_not_taken(start):
     await watched.until(lambda: len(watched.told) == 2)
     watched.cache.saw(thing("a", 6))
     assert watched.cache.get("team", "a") is None
+
+
+async def test_why_a_watch_begins_anew_is_told_and_when_it_heard_something(monkeypatch):
+    monkeypatch.setattr(watch, "RETRY_SECONDS", (0.0,))
+    server = Server(listing(1), listing(2))
+    cache = ObjectCache(server, lambda item: item["metadata"]["labels"]["group"], lambda _: None)
+    causes: list[str] = []
+    cache.restarted = causes.append
+    task = asyncio.create_task(cache.run())
+    for event in (None, Unreachable("reset"), Expired("410: too old resource version")):
+        server.events.put_nowait(event)
+    async with asyncio.timeout(DEADLINE):
+        while len(causes) < 3:
+            await asyncio.sleep(0.005)
+    assert causes == ["ended", "error", "expired"]
+    before = cache.heard
+    server.tell("BOOKMARK", thing("", 9))
+    async with asyncio.timeout(DEADLINE):
+        while cache.heard == before:
+            await asyncio.sleep(0.005)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)

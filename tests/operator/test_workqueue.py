@@ -291,3 +291,41 @@ async def test_many_workers_never_have_the_same_key(queue):
     results = await asyncio.gather(*workers, return_exceptions=True)
     assert all(isinstance(result, asyncio.CancelledError) for result in results)
     assert worked >= 5
+
+
+async def test_a_standby_remembers_no_keys(queue):
+    queue.accepting = False
+    queue.add("a")
+    queue.add_later("b", 0.0)
+    assert len(queue) == 0
+    queue.accepting = True
+    queue.add("a")
+    assert await take(queue) == "a"
+
+
+async def test_a_closed_queue_gives_nothing_out_and_lets_workers_finish(queue):
+    for key in "abc":
+        queue.add(key)
+    assert await take(queue) == "a"
+    waiting = asyncio.create_task(queue.get())
+    assert await waiting == "b"
+    queue.add_later("d", 0.0)
+    queue.close()
+    assert queue.busy == 2
+    assert await is_empty(queue)
+    queue.done("a", again_after=0.0)
+    queue.failed("b")
+    assert (queue.busy, len(queue)) == (0, 0)
+    assert await is_empty(queue)
+
+
+async def test_how_long_keys_wait_and_work_takes_is_known(queue):
+    assert (queue.waiting, queue.working) == (0, 0)
+    queue.add("a")
+    await asyncio.sleep(0.02)
+    assert queue.waiting >= 0.02
+    await take(queue)
+    await asyncio.sleep(0.02)
+    assert queue.working >= 0.02
+    queue.done("a")
+    assert (queue.waiting, queue.working) == (0, 0)

@@ -82,8 +82,8 @@ class Reconciler:
             self._conflicts[key] = str(taken)
             decided = self._plan(body)  # which says so, and when to try again
         except ApiError as error:
-            if not is_refusal(error):
-                raise
+            if not is_refusal(error) or not _creates_job(decided):
+                raise  # to be tried again, ever more seldom
             self._refusals[key] = refusal(error.message)
             decided = self._plan(body)
         wait = self._gathering.wait(key, _status(body), decided.status)
@@ -242,6 +242,11 @@ def keys_of_child(manifest: Manifest, stage_job_of: Callable[[str, str], Manifes
         return keys_of_child(stage, stage_job_of) if stage is not None else []
     owners = metadata.get("ownerReferences") or []
     return [f"{namespace}/{owner['name']}" for owner in owners if owner["kind"] == KIND]
+
+
+def _creates_job(decided: Plan) -> bool:
+    """Whether the plan has a Job to create; others only join one."""
+    return any(manifest["kind"] == "Job" and "spec" in manifest for manifest in decided.apply)
 
 
 def _unread(body: Manifest) -> FineTuneJob:

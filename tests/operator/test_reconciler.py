@@ -12,6 +12,7 @@ from kubetune_contract.progress import Progress, ProgressReport, Result, Termina
 from kubetune_contract.staging import StagedModel
 from kubetune_operator.cluster import Cluster
 from kubetune_operator.connection import Connection
+from kubetune_operator.errors import ApiError
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import ProgressStore
 from kubetune_operator.reconciler import Reconciler
@@ -388,6 +389,16 @@ async def test_pods_of_an_earlier_staging_job_of_the_name_tell_nothing(stage, bo
 
 
 # ---------------------------------------------------------------- what is refused
+
+
+async def test_a_refusal_of_anything_but_a_new_job_is_tried_again(stage, staged_body, attempt_job, job):
+    """Such as a suspension: nobody would look again after an answer that only stands in the status."""
+    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
+    stage.store.offer(versioned({**stage.api.body, "spec": {**stage.api.body["spec"], "suspend": True}}, 90))
+    stage.add(stage.cluster.jobs, attempt_job(job(), 1, startTime="2030-01-01T12:00:00Z"))
+    stage.api.refuse["jobs/bot-a1"] = web.json_response({"message": "not allowed"}, status=403)
+    with pytest.raises(ApiError, match="not allowed"):
+        await stage.reconcile()
 
 
 async def test_events_are_read_before_the_status_is_written(stage, staged_body, attempt_job, job):

@@ -158,7 +158,7 @@ class Cluster:
         path = path_of(kind, metadata["namespace"], metadata["name"])
         if "spec" in manifest:
             try:
-                query = {"fieldManager": manager}
+                query = {"fieldManager": manager, "fieldValidation": "Strict"}
                 answer = await self.connection.request("POST", path_of(kind, metadata["namespace"]), query, manifest)
             except ApiError as error:
                 if error.status != 409:

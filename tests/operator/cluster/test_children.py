@@ -177,7 +177,7 @@ async def test_a_shared_child_is_created_under_a_manager_of_its_own(cluster, ser
     manifest = stage_job_of(job(), settings)
     await cluster.share(manifest, names.stage_manager(job()))
     assert server.requests == [("POST", JOBS)]
-    assert server.queries == [{"fieldManager": f"kubetune-{job().uid}"}]
+    assert server.queries == [{"fieldManager": f"kubetune-{job().uid}", "fieldValidation": "Strict"}]
     assert cluster.jobs.get("team", manifest["metadata"]["name"]) is not None
 
 

@@ -27,7 +27,7 @@ KubernetesObject = Annotated[dict[str, Any], Field(json_schema_extra={"x-kuberne
 OWN_PREFIXES: Final = ("KUBETUNE_", "PET_")
 OWN_VARIABLES: Final = ("HOME", "HF_HOME", "MPLCONFIGDIR")
 """Variables that the operator sets itself, beside those with its prefixes."""
-OWN_VOLUMES: Final = ("models", "output", "config", "token", "shm", "scratch", "ca")
+OWN_VOLUMES: Final = ("models", "output", "config", "token", "shm", "scratch")
 OWN_MOUNTS: Final = ("/kubetune", "/tmp", "/dev", "/proc", "/sys")  # noqa: S108 - the container's own
 """Folders of the container in which nothing else is mounted."""
 

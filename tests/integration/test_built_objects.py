@@ -24,6 +24,46 @@ JOBS = {
     "a download": {"model": HUB},
     "one claim for both": {"storage": {"output": {"claimName": "models"}}},
     "a suspended job": {"suspend": True},
+    "everything of scheduling": {
+        "workers": {
+            "nodes": 2,
+            "gpusPerNode": 8,
+            "gpuResource": "amd.com/gpu",
+            "resources": {"limits": {"rdma/hca": 1}},
+            "nodeSelector": {"pool": "gpu"},
+            "affinity": {
+                "nodeAffinity": {
+                    "requiredDuringSchedulingIgnoredDuringExecution": {
+                        "nodeSelectorTerms": [{"matchExpressions": [{"key": "pool", "operator": "Exists"}]}]
+                    }
+                }
+            },
+            "tolerations": [{"key": "spot", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 30}],
+            "topologySpreadConstraints": [{"topologyKey": "zone", "minDomains": 2}],
+            "priorityClassName": "high",
+            "schedulerName": "volcano",
+            "runtimeClassName": "nvidia",
+            "serviceAccountName": "trainer",
+            "imagePullSecrets": ["registry"],
+            "labels": {"team": "nlp"},
+            "annotations": {"scheduling.volcano.sh/queue-name": "research"},
+            "env": [
+                {"name": "NCCL_DEBUG", "value": "INFO"},
+                {"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": {"name": "wandb", "key": "key"}}},
+            ],
+            "volumes": [
+                {"name": "ca", "configMap": {"name": "ca"}},
+                {"name": "more", "persistentVolumeClaim": {"claimName": "more"}},
+                {"name": "fast", "emptyDir": {"sizeLimit": "1Gi"}},
+            ],
+            "volumeMounts": [
+                {"name": "ca", "mountPath": "/etc/ca", "readOnly": True},
+                {"name": "more", "mountPath": "/more", "subPath": "data"},
+                {"name": "fast", "mountPath": "/fast"},
+            ],
+        },
+        "queue": {"name": "research", "priorityClass": "high"},
+    },
     "every section": {
         "preset": "llama3/8B_lora",
         "adapter": {"rank": 16},
@@ -59,6 +99,44 @@ def test_the_api_server_admits_what_is_built_and_warns_of_nothing(kubectl, typed
     # Pod Security's `restricted` profile would warn on stderr here.
     assert (answer.returncode, answer.stderr) == (0, "")
     assert len(answer.stdout.split()) == len(objects)
+
+
+@pytest.fixture(scope="module")
+def restricted(kubectl, namespace):
+    """The namespace enforces `restricted` from here on: the API server refuses pods, where it only warned of Jobs."""
+    level = "pod-security.kubernetes.io/enforce=restricted"
+    assert kubectl("label", "namespace", namespace, level, "--overwrite").returncode == 0
+    return namespace
+
+
+def pod_of(job):
+    template = job["spec"]["template"]
+    metadata = {**template["metadata"], "name": "one", "namespace": job["metadata"]["namespace"]}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
+
+
+PRIVILEGED = {
+    "the nodes' network": ({"hostNetwork": True}, "host namespaces (hostNetwork=true)"),
+    "pinned memory": ({"rdma": True}, 'unrestricted capabilities (container "main" must not include "IPC_LOCK"'),
+}
+
+
+@pytest.mark.parametrize("case", ["one worker on the CPU", "a download", "one claim for both", "every section"])
+def test_pods_are_admitted_where_restricted_is_enforced(kubectl, restricted, typed, case):
+    job = typed(**JOBS[case])
+    for made in (stage_job_of(job, SETTINGS), build.worker_job(job, 1, SETTINGS)):
+        answer = kubectl("create", "--dry-run=server", "-f", "-", stdin=pod_of(made))
+        assert (answer.returncode, answer.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("case", PRIVILEGED)
+def test_only_what_an_administrator_must_allow_is_refused_there(kubectl, restricted, typed, case):
+    workers, words = PRIVILEGED[case]
+    answer = kubectl(
+        "create", "--dry-run=server", "-f", "-", stdin=pod_of(build.worker_job(typed(workers=workers), 1, SETTINGS))
+    )
+    assert answer.returncode == 1
+    assert words in answer.stderr
 
 
 def test_the_longest_name_makes_names_that_fit(kubectl, typed):

@@ -152,6 +152,35 @@ def test_in_one_namespace_it_may_do_nothing_in_another(kubectl, helm, crd, names
     assert objects_of(kubectl, name, namespace) == []
 
 
+def rights(text):
+    """The lines of `kubectl auth can-i --list` that are about resources, without their widths."""
+    lines = (" ".join(line.split()) for line in text.splitlines())
+    return {line for line in lines if line and not line.startswith(("[", "$", "Resources"))}
+
+
+def documented(mode):
+    page = (REPOSITORY / "docs" / "rbac.md").read_text()
+    return rights(page.split(f"<!-- can-i: {mode} -->\n```\n")[1].split("```")[0])
+
+
+def granted(kubectl, namespace, name):
+    words = ["--as", f"system:serviceaccount:{namespace}:{name}", "--namespace", namespace]
+    listed = kubectl("auth", "can-i", "--list", *words).stdout
+    return rights(listed.replace(f"[{name}]", "[kubetune]"))
+
+
+def test_the_page_shows_what_the_operator_may_do(kubectl, release, namespace):
+    assert granted(kubectl, namespace, release) == documented("cluster")
+
+
+def test_the_page_shows_what_it_may_do_in_one_namespace(kubectl, helm, crd, namespace):
+    name = f"kubetune-{uuid.uuid4().hex[:6]}"
+    options = [*NOWHERE, "--set", f"watchNamespace={namespace},crds.enabled=false,rbac.aggregate=false"]
+    assert helm("install", name, CHART, "--namespace", namespace, *options).returncode == 0
+    assert granted(kubectl, namespace, name) == documented("namespace")
+    assert helm("uninstall", name, "--namespace", namespace).returncode == 0
+
+
 def test_an_upgrade_keeps_the_certificate_and_changes_the_rest(kubectl, helm, release, namespace):
     secret = ["get", "secret", f"{release}-progress-tls", "--namespace", namespace, "--output=jsonpath={.data}"]
     before = kubectl(*secret).stdout

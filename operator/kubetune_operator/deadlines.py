@@ -90,10 +90,19 @@ def _progress(turn: Decision) -> None:
         return  # what follows the last step has no steps
     heard = (running.last_transition_time, turn.status.last_step_time, turn.observed.reports_since)
     if _is_due(turn, max(time for time in heard if time is not None), limit):
-        after = f" after step {progress.step}" if progress is not None and turn.status.last_step_time else ""
-        span = f"{counted(limit, 'second')}, which is failurePolicy.progressDeadlineSeconds"
         turn.withhold()
-        end(turn, Ending(Cause.CRASH, STALLED, f"The workers run, but no step was finished{after} within {span}"))
+        end(turn, Ending(Cause.CRASH, STALLED, _stalled(turn, limit)))
+
+
+def _stalled(turn: Decision, limit: int) -> str:
+    progress = turn.status.progress
+    span = f"{counted(limit, 'second')}, which is failurePolicy.progressDeadlineSeconds"
+    if progress is not None and turn.status.last_step_time is not None:
+        return f"The workers run, but no step was finished after step {progress.step} within {span}"
+    return (
+        f"The workers run, but no step was reported within {span}. If their logs show steps, they cannot reach the "
+        "operator's progress endpoint"
+    )
 
 
 def _is_due(turn: Decision, since: datetime, seconds: int) -> bool:

@@ -90,7 +90,7 @@ def test_a_gang_that_makes_no_step_restarts(drill, tls):
     change(drill, "job", failurePolicy={"progressDeadlineSeconds": 1})
     status = drill.until("job", lambda status: status["restarts"] == 1)
     assert drill.condition(status, "Running")["reason"] == "Stalled"
-    assert "no step was finished within 1 second" in drill.condition(status, "Started")["message"]
+    assert "no step was reported within 1 second" in drill.condition(status, "Started")["message"]
     change(drill, "job", failurePolicy={"progressDeadlineSeconds": 3600})
     drill.runs(*drill.workers(attempt=2))
     status = drill.until_state("job", "Running")

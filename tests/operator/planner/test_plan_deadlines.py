@@ -281,7 +281,10 @@ def test_the_first_step_is_counted_from_the_start_of_the_gang(world, told):
     world.with_spec(**PROGRESS).staged().attempt(1).worker(0, ready=True).worker(1, ready=True).next()
     assert world.later(99).plan().status.state == "Running"
     decided = world.later(1).plan()
-    assert "no step was finished within 100 seconds" in told(decided, "Started")[2]
+    assert told(decided, "Started")[2].startswith(
+        "The workers run, but no step was reported within 100 seconds, which is failurePolicy.progressDeadlineSeconds. "
+        "If their logs show steps, they cannot reach the operator's progress endpoint. Attempt 2 starts"
+    )
 
 
 def test_each_new_step_gives_new_time(world):

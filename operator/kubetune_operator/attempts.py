@@ -120,7 +120,10 @@ def _wait_or_create(turn: Decision, ca_pem: str, blocked: bool) -> None:
     elif waits_for is not None:
         turn.condition("Started", False, "Restarting", f"Attempt {turn.attempt} waits for {waits_for} to end.")
         turn.look_again(1)
-    elif not blocked:
+    elif blocked:
+        words = f"Job {job_name(turn.job.name, turn.attempt)} is being deleted; it is created again once it is gone."
+        turn.condition("Started", False, "Starting", words)
+    else:
         _create(turn, ca_pem)
 
 

@@ -134,6 +134,17 @@ def test_a_job_deleted_in_suspension_and_resumed_before_anybody_looked_is_no_cra
     assert (names(decided)[2], decided.status.restarts) == ("bot-a1", 0)
 
 
+def test_a_job_that_does_not_go_is_told_and_ends_with_the_startup_deadline(world, told):
+    """Somebody deletes it before its start was noted, and a finalizer of theirs keeps it."""
+    world.with_spec(failurePolicy={"startupDeadlineSeconds": 100}).staged().attempt(1, seen=False)
+    world.jobs[1]["metadata"]["deletionTimestamp"] = "2030-01-01T12:00:00Z"
+    says = "Job bot-a1 is being deleted; it is created again once it is gone."
+    assert told(world.plan(), "Started") == ("False", "Starting", says)
+    decided = world.next().later(100).plan()
+    assert told(decided, "Failed")[:2] == ("True", "StartupDeadlineExceeded")
+    assert told(decided, "Failed")[2].startswith(says)
+
+
 # ---------------------------------------------------------------- the staging Job and its pod
 
 

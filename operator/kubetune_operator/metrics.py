@@ -1,6 +1,5 @@
 """What Prometheus is told. docs/metrics.md has the same list; a test compares the two."""
 
-import importlib.metadata
 from collections import Counter as Tally
 from collections.abc import Callable, Collection, Iterable
 from typing import Any, Final, get_args
@@ -27,8 +26,6 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         ProcessCollector(registry=registry)
-        build = Gauge("kubetune_build_info", "1, with the operator's version", ("version",), registry=registry)
-        build.labels(_version()).set(1)
         self.leader = Gauge("kubetune_leader", "1 if this replica leads, else 0", registry=registry)
         self._jobs = Gauge(
             "kubetune_jobs",
@@ -178,10 +175,3 @@ def standing(status: dict[str, Any]) -> tuple[str, str]:
     waiting = [kind for kind in ("Started", "Staged") if kind in conditions]
     reason = next((conditions[kind]["reason"] for kind in (*true, *waiting)), "")
     return status.get("state") or "Pending", reason
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("kubetune")
-    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
-        return "unknown"

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 PICTURES = os.environ.get("KUBETUNE_PICTURES")
 """A folder, such as docs/images, that takes the picture of the recorded terminal."""
 STEPS = 40
-DEADLINE = 240.0
+DEADLINE = 480.0
 
 
 @pytest.fixture(scope="module")

@@ -221,9 +221,14 @@ def address_of(settings: Settings) -> str | None:
 
 
 async def _run(settings: Settings) -> None:
-    await Operator(settings).run()
+    code = 0
+    try:
+        await Operator(settings).run()
+    except Exception:
+        log.critical("the operator cannot go on", exc_info=True)
+        code = 1
     logging.shutdown()
-    os._exit(0)  # nothing is left to be saved, and kopf would take seconds to end
+    os._exit(code)  # nothing is left to be saved, and kopf would take seconds to end
 
 
 def main() -> None:

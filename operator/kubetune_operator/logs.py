@@ -5,9 +5,9 @@ import logging
 import time
 from typing import Final
 
-FIELDS: Final = ("job", "attempt", "state", "reason", "duration", "wait", "resource", "holder", "port")
+FIELDS: Final = ("job", "attempt", "state", "reason", "duration", "wait", "holder")
 """Keys of their own, given as `extra`: the FineTuneJob as namespace/name, its attempt, its state and the reason of it;
-durations and waits in seconds; the resource that is watched; the holder of the Lease; a port."""
+durations and waits in seconds; who holds the Lease."""
 
 
 class JsonFormatter(logging.Formatter):

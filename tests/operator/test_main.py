@@ -148,10 +148,31 @@ async def test_without_an_api_server_the_operator_waits_alive_and_not_ready(tmp_
                 assert process.poll() is None
                 await asyncio.sleep(0.1)
         assert await health_of(port, "/readyz") == 503
+        stopped = time.monotonic()
         process.terminate()
         _, logs = await asyncio.to_thread(process.communicate, timeout=30)
     finally:
         process.kill()
     assert process.returncode == 0
     assert all(json.loads(line)["message"] for line in logs.splitlines())
+    assert time.monotonic() - stopped < 3, "nothing is waited for"
     assert "no answer from the API server" in logs
+
+
+async def test_a_part_that_breaks_ends_the_process_with_a_reason(tmp_path, port):
+    """The port of the metrics is taken: the operator would be blind, and nobody could see it."""
+    (tmp_path / "config").write_text(config_for("http://127.0.0.1:9"))
+    with socket.socket() as taken:
+        taken.bind(("", port))
+        taken.listen()
+        chosen = {"NAMESPACE": "kubetune", "TRAINER_IMAGE": "trainer", "METRICS_PORT": str(port)}
+        variables = {f"KUBETUNE_{name}": value for name, value in chosen.items()}
+        environment = {**clean_environment(), **variables, "KUBECONFIG": str(tmp_path / "config")}
+        command = [sys.executable, "-m", "kubetune_operator"]
+        ended = await asyncio.to_thread(
+            subprocess.run, command, env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+    last = json.loads(ended.stderr.splitlines()[-1])
+    assert ended.returncode == 1
+    assert (last["level"], last["message"]) == ("critical", "the operator cannot go on")
+    assert "address already in use" in last["error"]

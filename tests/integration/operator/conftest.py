@@ -74,14 +74,19 @@ class Operator:
 
     def start(self) -> None:
         """Start it and wait until its caches are complete."""
-        with self.log.open("ab") as log:
-            command = [sys.executable, "-m", "kubetune_operator"]
-            self.process = subprocess.Popen(command, env=self.environment, stderr=log)
+        self.launch()
+        assert self.process is not None
         deadline = time.monotonic() + SECONDS
         while not self.answers("/readyz"):
             assert self.process.poll() is None, self.log.read_text()
             assert time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.1)
+
+    def launch(self) -> None:
+        """Start it."""
+        with self.log.open("ab") as log:
+            command = [sys.executable, "-m", "kubetune_operator"]
+            self.process = subprocess.Popen(command, env=self.environment, stderr=log)
 
     def answers(self, path: str) -> bool:
         try:

@@ -92,14 +92,16 @@ class Api:
         while not stopped():
             connection = self._open(1.0)
             connection.request("GET", f"{path}?{query}&watch=1&resourceVersion={version}&timeoutSeconds=300")
+            answer = connection.getresponse()
             try:
-                for event in _lines(connection.getresponse(), stopped):
+                for event in _lines(answer, stopped):
                     if event:
                         version = event["object"]["metadata"]["resourceVersion"]
                         yield event["type"], event["object"]
                     else:
                         yield "TICK", {}
             finally:
+                answer.close()
                 connection.close()
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY, ROLE_LABEL, STAGE
 from kubetune_operator.tokens import PodIdentity
-from kubetune_operator.watch import ObjectCache
+from kubetune_operator.watch import ObjectCache, version
 
 WATCH_SECONDS: Final = 300
 """After which the server ends a watch, so that a silent one is noticed."""
@@ -64,6 +64,8 @@ class Cluster:
         self._applied: dict[tuple[str, str, str], _Applied] = {}
         self._tokens: dict[str, tuple[float, PodIdentity | None]] = {}
         self._posted: dict[tuple[str, str, str, str], tuple[str, int]] = {}
+        self._taken: set[tuple[str, str, str]] = set()
+        """Names that were somebody else's at the last look: it costs less to read them again than to be refused."""
         self.jobs = ObjectCache(_Children(connection, path_of("Job", namespace)), group_of, changed)
         self.pods = ObjectCache(_Children(connection, path_of("Pod", namespace)), group_of, changed)
 
@@ -89,11 +91,17 @@ class Cluster:
 
     # ------------------------------------------------------------ FineTuneJobs
 
-    async def list_finetunejobs(self) -> list[Manifest]:
-        """All FineTuneJobs."""
+    async def list_finetunejobs(self) -> tuple[list[Manifest], int]:
+        """All FineTuneJobs, and the version of which this was all."""
         answer = await self.connection.request("GET", path_of(KIND, self._namespace))
         self.listed = time.monotonic()
-        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in answer["items"]]
+        return [{"apiVersion": API_VERSION, "kind": KIND, **item} for item in answer["items"]], version(answer)
+
+    async def find_job(self, namespace: str, name: str) -> None:
+        """Ask for a child Job that the cache does not have: its watch may be late."""
+        found = await self.connection.get("Job", namespace, name)
+        if found is not None:
+            self.jobs.saw(found)
 
     async def get_finetunejob(self, namespace: str, name: str) -> Manifest | None:
         """The FineTuneJob as it is now; None if there is none."""
@@ -119,6 +127,8 @@ class Cluster:
         """
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
+        if (kind, namespace, name) in self._taken and await self.connection.get(kind, namespace, name) is not None:
+            await self._existing(kind, namespace, name, metadata["ownerReferences"][0])
         try:
             # Strict: of the parts that the user wrote in Kubernetes' own words, unknown ones would be dropped.
             query = {"fieldManager": FIELD_MANAGER, "fieldValidation": "Strict"}
@@ -126,7 +136,7 @@ class Cluster:
         except ApiError as error:
             if error.status != 409:
                 raise
-            answer = await self._existing(kind, namespace, name, metadata["ownerReferences"][0]["uid"])
+            answer = await self._existing(kind, namespace, name, metadata["ownerReferences"][0])
             if kind != "Job":
                 answer = await self.connection.apply(path_of(kind, namespace, name), manifest, FIELD_MANAGER)
         self._saw(kind, answer)
@@ -186,7 +196,11 @@ class Cluster:
         body = {"metadata": {"uid": uid}, "spec": {"suspend": suspended}}
         query = {"fieldManager": FIELD_MANAGER}
         path = path_of("Job", namespace, name)
-        self._saw("Job", await self.connection.request("PATCH", path, query, body, MERGE))
+        try:
+            self._saw("Job", await self.connection.request("PATCH", path, query, body, MERGE))
+        except ApiError as error:
+            if error.status not in (404, 409) and not (error.status == 422 and "uid" in error.message):
+                raise  # else it is gone, or another one has its name: the next look knows
 
     async def remove(self, kind: str, namespace: str, name: str, owner: str) -> None:
         """Delete a ConfigMap or Service that is known by its name only, if it has that owner."""
@@ -210,12 +224,16 @@ class Cluster:
         for kind in ("ConfigMap", "Service"):
             for name in names:
                 self._applied.pop((kind, namespace, name), None)
+                self._taken.discard((kind, namespace, name))
 
-    async def _existing(self, kind: str, namespace: str, name: str, owner: str) -> Manifest:
+    async def _existing(self, kind: str, namespace: str, name: str, owner: Manifest) -> Manifest:
         found = await self.connection.get(kind, namespace, name)
         if found is None:
             raise ApiError(409, f"{kind} {name} was deleted while it was looked at")
-        if not _is_owned(found, owner):
+        if _was_left(found, owner):
+            raise ApiError(409, f"{kind} {name} of a deleted FineTuneJob {owner['name']} is still to be collected")
+        if not _is_owned(found, owner["uid"]):
+            self._taken.add((kind, namespace, name))
             raise NameTaken(
                 f'{kind} "{name}" exists in namespace {namespace} and does not belong to this FineTuneJob: '
                 "delete it, or give the FineTuneJob another name"
@@ -384,6 +402,16 @@ def _identity(status: Manifest) -> PodIdentity | None:
 
 def _is_owned(found: Manifest, owner: str) -> bool:
     return any(reference["uid"] == owner for reference in found["metadata"].get("ownerReferences") or [])
+
+
+def _was_left(found: Manifest, owner: Manifest) -> bool:
+    """Whether an object belongs to an earlier FineTuneJob of the owner's name: the collector is about to remove it."""
+    same = ("apiVersion", "kind", "name")
+    owners = found["metadata"].get("ownerReferences") or []
+    return bool(owners) and all(
+        reference["uid"] != owner["uid"] and all(reference.get(key) == owner[key] for key in same)
+        for reference in owners
+    )
 
 
 def _digest(manifest: Manifest) -> str:

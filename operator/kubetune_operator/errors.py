@@ -53,3 +53,8 @@ class Deposed(OperatorError):
 
 class Expired(OperatorError):
     """The resource version is too old to watch from (410)."""
+
+
+def retry_after(error: OperatorError) -> float:
+    """Seconds that the API server wants us to wait; 0 where it said nothing of that."""
+    return (error.retry_after or 0.0) if isinstance(error, ApiError) else 0.0

@@ -12,10 +12,11 @@ import kopf
 
 from kubetune_operator.api import GROUP, PLURAL, VERSION
 from kubetune_operator.cluster import Cluster
-from kubetune_operator.errors import ApiError, OperatorError
+from kubetune_operator.errors import ApiError, OperatorError, retry_after
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.reconciler import Reconciler
 from kubetune_operator.store import Manifest, Store, key_of
+from kubetune_operator.watch import version
 from kubetune_operator.workqueue import WorkQueue
 
 KOPF_BACKOFFS: Final = (0.5, *[1.0] * 600)
@@ -35,7 +36,7 @@ async def work(queue: WorkQueue, reconciler: Reconciler, metrics: Metrics) -> No
             again_after = await reconciler.reconcile(key)
         except OperatorError as error:
             metrics.errors.inc()
-            wait = queue.failed(key)
+            wait = queue.failed(key, retry_after(error))
             log.warning("%s: trying again in %.1f s: %s", key, wait, error, extra=_about(key, started, wait))
         except Exception:
             metrics.errors.inc()
@@ -59,24 +60,25 @@ async def resync(cluster: Cluster, store: Store, queue: WorkQueue, seconds: floa
     """
     while True:
         try:
-            take_list(await cluster.list_finetunejobs(), store, queue)
+            take_list(*await cluster.list_finetunejobs(), store, queue)
         except OperatorError as error:
             if isinstance(error, ApiError) and error.status == 404:
                 log.critical("the API server does not know FineTuneJobs: install the CRD")
                 raise
             log.warning("cannot list FineTuneJobs: %s", error)
-            await asyncio.sleep(min(seconds, LIST_RETRY_SECONDS))
+            await asyncio.sleep(max(min(seconds, LIST_RETRY_SECONDS), retry_after(error)))
         else:
             await asyncio.sleep(seconds)
 
 
-def take_list(bodies: list[Manifest], store: Store, queue: WorkQueue) -> None:
-    """Take a complete list of FineTuneJobs: what is not in it is gone."""
+def take_list(bodies: list[Manifest], listed_at: int, store: Store, queue: WorkQueue) -> None:
+    """Take the complete list of FineTuneJobs of one version: what is older than that and not in it is gone."""
     listed = {key_of(body): body for body in bodies}
     for body in bodies:
         store.offer(body)
     for key in list(store):
-        if key not in listed:
+        known = store.get(key)
+        if key not in listed and known is not None and version(known) <= listed_at:
             store.remove(key)
         queue.add(key)
 
@@ -98,7 +100,7 @@ def take_event(event: Manifest, store: Store, queue: WorkQueue) -> None:
     body = dict(event["object"])
     key = key_of(body)
     if event["type"] == "DELETED":
-        store.remove(key, body["metadata"]["uid"])
+        store.bury(body)
         queue.add(key)
         return
     status = body.get("status") or {}

@@ -14,7 +14,7 @@ from kubetune_operator.cluster import Cluster, stage_group, worker_group
 from kubetune_operator.contents import contents
 from kubetune_operator.decision import StageView
 from kubetune_operator.diagnosis import is_live
-from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError, UnknownFields
+from kubetune_operator.errors import ApiError, InvalidJob, NameTaken, OperatorError, UnknownFields, Unreachable
 from kubetune_operator.eventbook import EventBook
 from kubetune_operator.gathering import Gathering
 from kubetune_operator.metrics import Metrics, standing
@@ -25,6 +25,7 @@ from kubetune_operator.names import (
     STAGE,
     WORKER,
     config_map_name,
+    job_name,
     service_name,
     stage_manager,
     stage_name,
@@ -53,7 +54,11 @@ class Reconciler:
         self._progress = progress
         self._settings = settings
         self._metrics = metrics
+        self._uids: dict[str, str] = {}
+        """Of the FineTuneJobs that the other memories are about: a namesake may come within a second."""
         self._conflicts: dict[str, str] = {}
+        self._unposted: dict[str, Plan] = {}
+        """Plans whose status may have been written, although no answer came."""
         self._refusals: dict[str, Obstacle] = {}
         self._events = EventBook(cluster.read_events)
         self._reports_since: datetime | None = None
@@ -66,9 +71,11 @@ class Reconciler:
         """
         self._reports_since = self._reports_since or datetime.now(UTC)
         body = self._store.get(key)
-        if body is None:
+        if body is None or self._uids.setdefault(key, body["metadata"]["uid"]) != body["metadata"]["uid"]:
             self._forget(key)
+        if body is None:
             return None
+        await self._look_twice(body)
         decided = self._plan(body)
         if await self._events.read(key, decided.inquiries):
             decided = self._plan(body)
@@ -92,6 +99,15 @@ class Reconciler:
         told = await self._tell(body, decided)
         # What a new status makes possible is planned from it; its event is no news, it was taken in already.
         return self._settings.debounce_seconds if told else sooner(decided.requeue_after, self._events.due(key))
+
+    async def _look_twice(self, body: Manifest) -> None:
+        """An attempt whose Job is gone is lost: not before the API server itself says that it is gone."""
+        status, metadata = _status(body), body["metadata"]
+        if status.attempt_start_time is None or is_finished(status):
+            return
+        namespace, name = metadata["namespace"], job_name(metadata["name"], status.attempt)
+        if self._cluster.jobs.get(namespace, name) is None:
+            await self._cluster.find_job(namespace, name)
 
     def _is_free_again(self, key: str) -> bool:
         """Whether what was refused before has just been done."""
@@ -151,7 +167,7 @@ class Reconciler:
         metadata = body["metadata"]
         fresh = await self._cluster.get_finetunejob(metadata["namespace"], metadata["name"])
         if fresh is None:
-            self._store.remove(key_of(body), metadata["uid"])
+            self._store.bury(body)
             return False
         self._store.offer(fresh)
         return version(fresh) == version(body)
@@ -179,7 +195,11 @@ class Reconciler:
 
     async def _tell(self, body: Manifest, decided: Plan) -> bool:
         """Write the status and post the events that explain it, if it changed; whether it did."""
+        key = key_of(body)
         if decided.status == _status(body):
+            unposted = self._unposted.pop(key, None)
+            if unposted is not None and unposted.status == decided.status:
+                await self._post(body, unposted)
             return False
         try:
             answer = await self._cluster.write_status(body, decided.status.to_dict())
@@ -187,18 +207,25 @@ class Reconciler:
             if error.status in (404, 409):
                 await self._is_current(body)
             raise
+        except Unreachable:
+            self._unposted[key] = decided
+            raise
+        self._unposted.pop(key, None)
         self._metrics.status_writes.inc()
         self._metrics.told(_status(body), decided.status)
         self._store.offer(answer)
         self._log(body, decided.status)
         if is_finished(decided.status):
             self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
+        await self._post(body, decided)
+        return True
+
+    async def _post(self, body: Manifest, decided: Plan) -> None:
         for event in decided.events:
             try:
                 await self._cluster.post_event(body, event.type, event.reason, event.message)
             except OperatorError as error:  # the conditions say the same: an event is not worth a second try
                 log.warning("%s: cannot post event %s: %s", key_of(body), event.reason, error)
-        return True
 
     def _log(self, body: Manifest, status: FineTuneJobStatus) -> None:
         """A line for each change of a job's state."""
@@ -211,6 +238,8 @@ class Reconciler:
 
     def _forget(self, key: str) -> None:
         namespace, _, name = key.partition("/")
+        self._uids.pop(key, None)
+        self._unposted.pop(key, None)
         self._conflicts.pop(key, None)
         self._refusals.pop(key, None)
         self._events.forget(key)

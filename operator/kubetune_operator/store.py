@@ -1,13 +1,15 @@
 """The FineTuneJobs that this operator handles, as they were last seen."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Final
 
 from kubetune_operator.names import OPERATOR_LABEL
 from kubetune_operator.settings import OPERATOR_NAME
 from kubetune_operator.watch import version
 
 Manifest = dict[str, Any]
+
+BURIED: Final = 10000
 
 
 def key_of(body: Manifest) -> str:
@@ -21,6 +23,8 @@ class Store:
     def __init__(self, operator: str = OPERATOR_NAME) -> None:
         self._operator = operator
         self._bodies: dict[str, Manifest] = {}
+        self._buried: dict[str, None] = {}
+        """The last uids that are known to be gone: an answer that was long under way must not bring them back."""
 
     def __len__(self) -> int:
         return len(self._bodies)
@@ -37,7 +41,7 @@ class Store:
         if body["metadata"].get("labels", {}).get(OPERATOR_LABEL, OPERATOR_NAME) != self._operator:
             return self.remove(key_of(body))
         known = self._bodies.get(key_of(body))
-        if known is not None and version(known) >= version(body):
+        if body["metadata"]["uid"] in self._buried or (known is not None and version(known) >= version(body)):
             return False
         self._bodies[key_of(body)] = body
         return True
@@ -49,6 +53,13 @@ class Store:
             return False
         del self._bodies[key]
         return True
+
+    def bury(self, body: Manifest) -> bool:
+        """Forget a FineTuneJob that was deleted, for good; whether it was known."""
+        self._buried[body["metadata"]["uid"]] = None
+        if len(self._buried) > BURIED:
+            del self._buried[next(iter(self._buried))]
+        return self.remove(key_of(body), body["metadata"]["uid"])
 
     def statuses(self) -> list[Manifest]:
         """The status of every FineTuneJob; empty of one that has none yet."""

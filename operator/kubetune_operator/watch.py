@@ -11,7 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Hashable
 from typing import Any, Final, NamedTuple, Protocol
 
-from kubetune_operator.errors import Expired, OperatorError
+from kubetune_operator.errors import Expired, OperatorError, retry_after
 
 Manifest = dict[str, Any]
 Key = tuple[str, str]
@@ -102,6 +102,7 @@ class ObjectCache:
                 self._version = ""
             except OperatorError as error:
                 wait = RETRY_SECONDS[min(failures, len(RETRY_SECONDS) - 1)] * random.uniform(0.5, 1.0)  # noqa: S311
+                wait += retry_after(error)
                 failures += 1
                 self.restarted("error")
                 log.warning("watch interrupted, trying again in %.1f s: %s", wait, error)

@@ -102,11 +102,11 @@ class WorkQueue:
         if again_after is not None:
             self.add_later(key, again_after)
 
-    def failed(self, key: str) -> float:
+    def failed(self, key: str, at_least: float = 0.0) -> float:
         """The work failed: the key comes up again after a growing, jittered wait, whose seconds are returned."""
         failures = self._failures[key] = self._failures.get(key, 0) + 1
         longest = min(LONGEST_RETRY_SECONDS, FIRST_RETRY_SECONDS * 2.0 ** min(failures - 1, 16))
-        wait = longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
+        wait = at_least + longest * random.uniform(0.5, 1.0)  # noqa: S311 - jitter
         self._again.pop(key, None)
         self._release(key)
         self.add_later(key, wait)

@@ -149,9 +149,35 @@ async def test_a_full_list_finds_what_no_event_told(store, queue, body):
     """A deletion during an outage is told by no event."""
     store.offer(body("ghost"))
     store.offer(body("known"))
-    take_list([versioned(body("known"), 9), body("new")], store, queue)
+    take_list([versioned(body("known"), 9), body("new")], 9, store, queue)
     assert sorted(store) == ["team/known", "team/new"]
     assert sorted(await taken(queue)) == ["team/ghost", "team/known", "team/new"]
+
+
+async def test_a_job_that_came_after_the_list_was_made_is_not_taken_for_gone(store, queue, body):
+    """Its event was faster than the answer, and comes only once."""
+    take_event({"type": "ADDED", "object": versioned(body("new"), 12)}, store, queue)
+    take_list([versioned(body("known"), 9)], 10, store, queue)
+    assert sorted(store) == ["team/known", "team/new"]
+
+
+async def test_a_job_that_went_after_the_list_was_made_does_not_come_back(store, queue, body):
+    take_event({"type": "DELETED", "object": versioned(body(), 12)}, store, queue)
+    take_list([versioned(body(), 9)], 10, store, queue)
+    assert list(store) == []
+
+
+async def test_a_namesake_of_a_deleted_job_is_another_one(store, queue, body):
+    take_event({"type": "DELETED", "object": versioned(body(), 12)}, store, queue)
+    take_event({"type": "ADDED", "object": versioned(body(metadata={"uid": "another"}), 13)}, store, queue)
+    assert store.get("team/bot")["metadata"]["uid"] == "another"
+
+
+def test_the_memory_of_deleted_jobs_is_bounded(store, body, monkeypatch):
+    monkeypatch.setattr("kubetune_operator.store.BURIED", 2)
+    for number in range(9):
+        store.bury(body(metadata={"uid": str(number)}))
+    assert list(store._buried) == ["7", "8"]
 
 
 async def test_kopf_is_told_to_leave_nothing_behind(store, queue):
@@ -178,13 +204,13 @@ class Listing:
     def __init__(self, *answers: list[Object] | Exception) -> None:
         self.answers = list(answers)
 
-    async def list_finetunejobs(self) -> list[Object]:
+    async def list_finetunejobs(self) -> tuple[list[Object], int]:
         if not self.answers:
             await asyncio.Event().wait()
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer, 100
 
 
 async def test_all_jobs_are_looked_at_at_the_start_and_again(store, queue, body):
@@ -288,6 +314,15 @@ async def test_an_error_is_counted_told_and_tried_again(queue, working, caplog, 
     await until(lambda: len(scripted.keys) == 2)
     assert scripted.metrics.registry.get_sample_value("kubetune_reconcile_errors_total") == 1
     assert "team/bot: trying again in" in caplog.text
+
+
+async def test_a_server_that_asks_for_patience_gets_it(queue, working, caplog):
+    """429 and Retry-After: its own pace, on top of ours."""
+    scripted = await working(ApiError(429, "too many requests", retry_after=7.0))
+    queue.add("team/bot")
+    await until(lambda: "trying again in" in caplog.text)
+    assert "trying again in 7." in caplog.text
+    assert scripted.keys == ["team/bot"]
 
 
 async def test_an_error_of_one_job_does_not_stop_the_others(queue, working):

@@ -12,7 +12,7 @@ from kubetune_contract.progress import Progress, ProgressReport, Result, Termina
 from kubetune_contract.staging import StagedModel
 from kubetune_operator.cluster import Cluster
 from kubetune_operator.connection import Connection
-from kubetune_operator.errors import ApiError
+from kubetune_operator.errors import ApiError, Unreachable
 from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import ProgressStore
 from kubetune_operator.reconciler import Reconciler
@@ -35,6 +35,10 @@ class Api:
         self.writes: list[tuple[str, str, Object]] = []
         self.refuse: dict[str, web.Response] = {}
         self.version = 100
+        self.jobs: dict[str, Object] = {}
+        """Jobs that can be read, by name."""
+        self.is_taken = True
+        """Whether the Service of the name is somebody else's."""
         self.events: list[Object] = []
         self.events_read = 0
 
@@ -68,7 +72,9 @@ class Api:
         if path.endswith("/events"):
             self.events_read += 1
             return web.json_response({"items": self.events})
-        if path.endswith("/services/bot"):
+        if "/jobs/" in path and path.rsplit("/", 1)[-1] in self.jobs:
+            return web.json_response(self.jobs[path.rsplit("/", 1)[-1]])
+        if path.endswith("/services/bot") and self.is_taken:
             return web.json_response({"metadata": {"name": "bot", "uid": "theirs"}})
         return web.json_response({"message": "not found"}, status=404)
 
@@ -298,6 +304,7 @@ async def test_a_taken_name_is_told_and_given_up_when_it_is_free(stage, staged_b
     assert started["reason"] == "NameConflict"
     assert 'Service "bot" exists in namespace team and does not belong to this FineTuneJob' in started["message"]
     assert "POST jobs" not in stage.api.written
+    stage.api.is_taken = False
     await stage.reconcile()
     assert "POST jobs" in stage.api.written
     await stage.reconcile()
@@ -437,3 +444,59 @@ async def test_a_child_that_is_refused_is_told_and_tried_again(stage, body, sett
     assert last == settings.restart_backoff_seconds
     await stage.reconcile()
     assert stage.condition("Staged")["reason"] == "Staging"
+
+
+# ---------------------------------------------------------------- answers that do not come, and namesakes
+
+
+async def test_the_events_of_a_status_whose_answer_was_lost_are_posted_once_it_is_seen(stage, body):
+    stage = await stage(body(suspend=True))
+    write = stage.cluster.write_status
+
+    async def lose(known: Object, status: Object) -> Object:
+        stage.cluster.write_status = write
+        await write(known, status)
+        raise Unreachable("connection reset")
+
+    stage.cluster.write_status = lose
+    with pytest.raises(Unreachable):
+        await stage.reconcile()
+    assert stage.api.written == ["PATCH finetunejobs/bot/status"]
+    stage.store.offer(stage.api.body)
+    await stage.reconcile()
+    assert stage.api.written == ["PATCH finetunejobs/bot/status", "POST events"]
+    await stage.reconcile()
+    assert len(stage.api.written) == 2
+
+
+async def test_an_attempt_is_not_given_up_because_its_watch_is_late(stage, staged_body, job, attempt_job):
+    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
+    stage.api.jobs["bot-a1"] = versioned(attempt_job(job(), 1), 50)
+    await stage.reconcile()
+    assert stage.status.get("restarts", 0) == 0
+    assert stage.cluster.jobs.get("team", "bot-a1") is not None
+
+
+async def test_an_attempt_whose_job_is_gone_is_lost(stage, staged_body):
+    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
+    await stage.reconcile()
+    assert (stage.status["attempt"], stage.status["restarts"]) == (2, 1)
+
+
+async def test_nothing_of_a_job_is_told_of_its_namesake(stage, staged_body, job, attempt_job, pod):
+    """It was deleted and created again before anybody looked."""
+    stage = await stage(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"))
+    stage.add(stage.cluster.jobs, attempt_job(job(), 1))
+    report = ProgressReport(progress=Progress(step=40, total_steps=50, epoch=0.8, percentage=80))
+    stage.progress.put("team/bot", 1, "uid", report, now=0)
+    await stage.reconcile()
+    assert stage.status["progress"]["step"] == 40
+    again = versioned(staged_body(attempt=1, attemptStartTime="2030-01-01T12:00:00Z"), 900)
+    again["metadata"]["uid"] = "another-uid"
+    stage.api.body = again
+    stage.store.offer(again)
+    later = attempt_job(job(metadata={"uid": "another-uid"}), 1)
+    later["metadata"] |= {"resourceVersion": "901", "uid": "another-job"}
+    stage.add(stage.cluster.jobs, later)
+    await stage.reconcile()
+    assert "progress" not in stage.status

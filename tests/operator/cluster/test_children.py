@@ -77,7 +77,14 @@ async def test_a_service_that_is_already_ours_is_brought_up_to_date(cluster, ser
     assert server.queries[-1] == {"fieldManager": "kubetune", "force": "true"}
 
 
-@pytest.mark.parametrize("owners", [None, [{"uid": "another", "kind": "FineTuneJob", "name": "bot"}]])
+OTHERS = [
+    ("nobody", None),
+    ("another FineTuneJob", [{"apiVersion": "kubetune.io/v1alpha1", "kind": "FineTuneJob", "name": "b", "uid": "b"}]),
+    ("another kind of the name", [{"apiVersion": "apps/v1", "kind": "Deployment", "name": "bot", "uid": "b"}]),
+]
+
+
+@pytest.mark.parametrize("owners", [case[1] for case in OTHERS], ids=[case[0] for case in OTHERS])
 async def test_a_name_that_belongs_to_somebody_else_is_not_taken_over(cluster, server, job, owners):
     path = "/api/v1/namespaces/team/services/bot"
     metadata = {"name": "bot", "namespace": "team", **({"ownerReferences": owners} if owners else {})}
@@ -85,6 +92,27 @@ async def test_a_name_that_belongs_to_somebody_else_is_not_taken_over(cluster, s
     with pytest.raises(NameTaken, match=r'Service "bot" exists in namespace team and does not belong.*another name'):
         await cluster.create(build.service(job()))
     assert server.objects[path] == theirs
+
+
+async def test_a_name_that_was_taken_is_read_before_it_is_asked_for_again(cluster, server, job):
+    """A person may need a day to free it: until then nothing is written."""
+    path = "/api/v1/namespaces/team/services/bot"
+    server.put(path, {"metadata": {"name": "bot", "namespace": "team"}})
+    for _ in range(3):
+        with pytest.raises(NameTaken):
+            await cluster.create(build.service(job()))
+    assert [method for method, _ in server.requests].count("POST") == 1
+    del server.objects[path]
+    await cluster.create(build.service(job()))
+    assert server.objects[path]["metadata"]["ownerReferences"]
+
+
+async def test_what_an_earlier_job_of_the_name_left_is_waited_for(cluster, server, job):
+    """The collector removes it within a moment: that is no conflict to tell anybody of."""
+    earlier = build.service(job(metadata={"uid": "earlier-0000"}))
+    server.put("/api/v1/namespaces/team/services/bot", earlier)
+    with pytest.raises(ApiError, match="409: Service bot of a deleted FineTuneJob bot is still to be collected"):
+        await cluster.create(build.service(job()))
 
 
 async def test_a_child_that_vanishes_while_it_is_looked_at_is_tried_again(cluster, server, job):
@@ -258,6 +286,22 @@ async def test_suspending_names_the_uid(cluster, server, job, settings):
     assert server.bodies[-1] == {"metadata": {"uid": "uid-11"}, "spec": {"suspend": True}}
     assert server.types[-1] == "application/merge-patch+json"
     assert cluster.jobs.get("team", "bot-a1")["spec"]["suspend"] is True
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [(404, "not found"), (409, "conflict"), (422, "metadata.uid: field is immutable")],
+    ids=["gone", "changed", "a namesake"],
+)
+async def test_suspending_what_is_gone_is_left_to_the_next_look(cluster, server, status, message):
+    server.answers = [refused(status, message)]
+    await cluster.suspend("team", "bot-a1", "uid-11", True)
+
+
+async def test_suspending_may_be_refused(cluster, server):
+    server.answers = [refused(422, "spec.suspend: says the queue")]
+    with pytest.raises(ApiError):
+        await cluster.suspend("team", "bot-a1", "uid-11", True)
 
 
 async def test_deleting_names_the_uid_and_leaves_the_rest_to_the_collector(cluster, server, job, settings):

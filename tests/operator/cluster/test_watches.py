@@ -67,7 +67,8 @@ async def test_an_error_of_the_server_is_not_an_absence(cluster, server):
 )
 async def test_finetunejobs_are_listed_where_the_operator_may(connect, server, body, namespace, path):
     server.put(STATUS.removesuffix("/status"), body())
-    listed = await connect(namespace).list_finetunejobs()
+    listed, at = await connect(namespace).list_finetunejobs()
+    assert at == server.version
     assert server.requests == [("GET", path)]
     assert listed[0]["kind"] == "FineTuneJob", "items of a list have no kind of their own"
 
@@ -144,3 +145,20 @@ async def test_an_answer_that_is_no_status_is_told_by_its_reason(cluster, server
     server.answers = [web.Response(status=418, text="slow down", reason="I am a teapot")]
     with pytest.raises(ApiError, match="418: I am a teapot"):
         await cluster.list_finetunejobs()
+
+
+@pytest.mark.parametrize(("header", "seconds"), [("3", 3.0), (None, None), ("Wed, 21 Oct 2026 07:28:00 GMT", None)])
+async def test_the_wait_that_the_server_asks_for_is_known(cluster, server, header, seconds):
+    server.answers = [web.Response(status=429, headers={"Retry-After": header} if header else {})]
+    with pytest.raises(ApiError) as caught:
+        await cluster.list_finetunejobs()
+    assert caught.value.retry_after == seconds
+
+
+async def test_a_job_that_the_cache_lacks_is_asked_for(cluster, server, job, attempt_job):
+    """Its watch may be late."""
+    await cluster.find_job("team", "bot-a1")
+    assert cluster.jobs.get("team", "bot-a1") is None
+    server.put(f"{JOBS}/bot-a1", attempt_job(job(), 1))
+    await cluster.find_job("team", "bot-a1")
+    assert cluster.jobs.get("team", "bot-a1") is not None

@@ -16,11 +16,13 @@ from kubetune_operator.connection import MERGE, Connection, Manifest, is_within,
 from kubetune_operator.diagnosis import Inquiry
 from kubetune_operator.errors import ApiError, Expired, NameTaken
 from kubetune_operator.names import FIELD_MANAGER, JOB_LABEL, MANAGED_BY, ROLE_LABEL, STAGE
+from kubetune_operator.owners import event_on, is_owned, was_left
 from kubetune_operator.tokens import PodIdentity
 from kubetune_operator.watch import ObjectCache, version
 
 WATCH_SECONDS: Final = 300
 """After which the server ends a watch, so that a silent one is noticed."""
+JUST_MADE: Final = 10.0  # seconds
 TOKEN_CACHE_SECONDS: Final = 60.0
 MEMORY_SIZE: Final = 10000
 """Tokens, and Events, that are remembered. More of them are all forgotten: that costs only requests."""
@@ -127,6 +129,9 @@ class Cluster:
         """
         kind, metadata = manifest["kind"], manifest["metadata"]
         namespace, name = metadata["namespace"], metadata["name"]
+        known, made = self._applied.get((kind, namespace, name)), _Applied(_digest(manifest), time.monotonic())
+        if kind != "Job" and known is not None and known.digest == made.digest and made.time - known.time < JUST_MADE:
+            return  # what came after it failed, and is tried again
         if (kind, namespace, name) in self._taken and await self.connection.get(kind, namespace, name) is not None:
             await self._existing(kind, namespace, name, metadata["ownerReferences"][0])
         try:
@@ -140,7 +145,7 @@ class Cluster:
             if kind != "Job":
                 answer = await self.connection.apply(path_of(kind, namespace, name), manifest, FIELD_MANAGER)
         self._saw(kind, answer)
-        self._applied[(kind, namespace, name)] = _Applied(_digest(manifest), time.monotonic())
+        self._applied[(kind, namespace, name)] = made
 
     async def keep(self, manifest: Manifest, trusted_seconds: float) -> None:
         """Have a ConfigMap or Service be there with this content; a deleted one comes back.
@@ -155,6 +160,7 @@ class Cluster:
             return
         found = await self.connection.get(*key)
         if found is None or not is_within(manifest, found):
+            self._applied.pop(key, None)
             await self.create(manifest)
         else:
             self._applied[key] = _Applied(digest, now)
@@ -205,7 +211,7 @@ class Cluster:
     async def remove(self, kind: str, namespace: str, name: str, owner: str) -> None:
         """Delete a ConfigMap or Service that is known by its name only, if it has that owner."""
         found = await self.connection.get(kind, namespace, name)
-        if found is not None and _is_owned(found, owner):
+        if found is not None and is_owned(found, owner):
             await self.delete(kind, namespace, name, found["metadata"]["uid"])
         self._applied.pop((kind, namespace, name), None)
 
@@ -230,9 +236,9 @@ class Cluster:
         found = await self.connection.get(kind, namespace, name)
         if found is None:
             raise ApiError(409, f"{kind} {name} was deleted while it was looked at")
-        if _was_left(found, owner):
+        if was_left(found, owner):
             raise ApiError(409, f"{kind} {name} of a deleted FineTuneJob {owner['name']} is still to be collected")
-        if not _is_owned(found, owner["uid"]):
+        if not is_owned(found, owner["uid"]):
             self._taken.add((kind, namespace, name))
             raise NameTaken(
                 f'{kind} "{name}" exists in namespace {namespace} and does not belong to this FineTuneJob: '
@@ -269,7 +275,7 @@ class Cluster:
                 raise
             count = 0
         if not count:
-            event = _event(body, kind, reason, message, now)
+            event = event_on(body, kind, reason, message, now)
             name = event["metadata"]["name"]
             await self.connection.request("POST", path_of("Event", body["metadata"]["namespace"]), {}, event)
         if len(self._posted) >= MEMORY_SIZE:
@@ -368,25 +374,6 @@ class _Children:
             raise
 
 
-def _event(body: Manifest, kind: str, reason: str, message: str, now: str) -> Manifest:
-    """A new Event. Its name grows with time: kubectl shows those of one second in the order of their names."""
-    metadata = body["metadata"]
-    subject = {key: metadata[key] for key in ("name", "namespace", "uid", "resourceVersion")}
-    return {
-        "apiVersion": "v1",
-        "kind": "Event",
-        "metadata": {"name": f"{metadata['name']}.{time.time_ns():x}", "namespace": metadata["namespace"]},
-        "involvedObject": {"apiVersion": API_VERSION, "kind": KIND, **subject},
-        "type": kind,
-        "reason": reason,
-        "message": message[:1024],
-        "source": {"component": FIELD_MANAGER},
-        "firstTimestamp": now,
-        "lastTimestamp": now,
-        "count": 1,
-    }
-
-
 def _identity(status: Manifest) -> PodIdentity | None:
     """A wrong token is answered too: only `authenticated` for our audience counts."""
     if status.get("authenticated") is not True or TOKEN_AUDIENCE not in (status.get("audiences") or []):
@@ -398,20 +385,6 @@ def _identity(status: Manifest) -> PodIdentity | None:
     if not pods or not uids or parts[:2] != ["system", "serviceaccount"]:
         return None
     return PodIdentity(namespace=parts[2], pod=pods[0], uid=uids[0])
-
-
-def _is_owned(found: Manifest, owner: str) -> bool:
-    return any(reference["uid"] == owner for reference in found["metadata"].get("ownerReferences") or [])
-
-
-def _was_left(found: Manifest, owner: Manifest) -> bool:
-    """Whether an object belongs to an earlier FineTuneJob of the owner's name: the collector is about to remove it."""
-    same = ("apiVersion", "kind", "name")
-    owners = found["metadata"].get("ownerReferences") or []
-    return bool(owners) and all(
-        reference["uid"] != owner["uid"] and all(reference.get(key) == owner[key] for key in same)
-        for reference in owners
-    )
 
 
 def _digest(manifest: Manifest) -> str:

@@ -194,6 +194,12 @@ async def test_a_child_just_created_needs_no_look_to_be_kept(cluster, server, jo
     assert len(server.requests) == 1
 
 
+async def test_a_child_that_was_just_created_is_not_created_again_because_another_one_failed(cluster, server, job):
+    for _ in range(2):
+        await cluster.create(build.service(job()))
+    assert [method for method, _ in server.requests] == ["POST"]
+
+
 async def test_what_was_applied_is_forgotten_with_its_job(cluster, server, job):
     await cluster.create(build.service(job()))
     cluster.forget("team", ["bot"])

@@ -10,6 +10,7 @@ from kubetune_contract.progress import ProgressReport, TerminationMessage
 from kubetune_operator import api
 from kubetune_operator.decision import StageView
 from kubetune_operator.diagnosis import condition, ending_condition, is_live
+from kubetune_operator.names import QUEUE_LABEL
 from kubetune_operator.plan import Observed, plan
 from kubetune_operator.settings import Settings
 
@@ -28,8 +29,12 @@ def stamp(moment: datetime) -> str:
 class Cluster:
     """The truth: the FineTuneJob, Jobs and pods, and what their controllers do."""
 
-    def __init__(self, nodes: int, restarts: int) -> None:
+    def __init__(self, nodes: int, **spec: Any) -> None:
         self.now = START
+        self.is_deleted = False
+        """Whether the FineTuneJob was deleted. The collector takes its children."""
+        self.others: set[str] = set()
+        """ConfigMaps and Services, as kind/name."""
         self.jobs: dict[str, Object] = {}
         self.pods: dict[str, Object] = {}
         self.lost: set[str] = set()
@@ -42,8 +47,8 @@ class Cluster:
                 "model": {"volumePath": "m"},
                 "dataset": {"volumePath": "d"},
                 "workers": {"nodes": nodes},
-                "failurePolicy": {"maxRestarts": restarts},
                 "storage": {"models": {"claimName": "m"}, "output": {"claimName": "o"}},
+                **spec,
             },
         }
 
@@ -61,13 +66,33 @@ class Cluster:
         self.body["metadata"]["resourceVersion"] = self.version()
         return True
 
-    def set_suspend(self, suspend: bool) -> None:
-        self.body["spec"]["suspend"] = suspend
+    def change(self, **spec: Any) -> None:
+        """A person edits the spec."""
+        self.body["spec"] |= spec
         self.body["metadata"]["generation"] += 1
         self.body["metadata"]["resourceVersion"] = self.version()
 
+    def delete_body(self, version: str | None) -> None:
+        """Delete the FineTuneJob, if it is still of that version."""
+        if version == self.body["metadata"]["resourceVersion"]:
+            self.is_deleted = True
+            self.others.clear()
+            for name in list(self.jobs):
+                self.delete_job(name)
+
+    def queued(self) -> list[Object]:
+        """Jobs that a queue may suspend and resume: those that are not over."""
+        jobs = [job for job in self.jobs.values() if QUEUE_LABEL in job["metadata"]["labels"]]
+        return [job for job in jobs if not condition(job, "Complete") and not ending_condition(job)]
+
+    def keep(self, manifest: Object) -> None:
+        self.others.add(f"{manifest['kind']}/{manifest['metadata']['name']}")
+
     def create(self, manifest: Object) -> None:
         name = manifest["metadata"]["name"]
+        if manifest["metadata"]["labels"]["kubetune.io/role"] == "worker":
+            kinds = {other.partition("/")[0] for other in self.others}
+            assert kinds == {"ConfigMap", "Service"}, f"{name} has no {kinds}: its pods could not start"
         if name not in self.jobs and "spec" in manifest:
             job = copy.deepcopy(manifest)
             job["metadata"] |= {"uid": f"{name}-{self.version()}", "creationTimestamp": stamp(self.now)}
@@ -129,6 +154,8 @@ class Cluster:
                     self.ask(pod)
             if not any(is_live(pod) for pod in pods):
                 conditions.append(self._condition("Failed", ending_condition(job)))
+        elif job["spec"].get("activeDeadlineSeconds") == 1:
+            conditions.append(self._condition("FailureTarget", {"reason": "DeadlineExceeded", "message": "active"}))
         elif job["spec"].get("suspend"):
             for pod in pods:
                 self.ask(pod)
@@ -195,15 +222,23 @@ class Operator:
 
     def reconcile(self, report: ProgressReport | None, writes: int) -> None:
         """Plan, then make so many of the plan's writes."""
+        if self.cluster.is_deleted:
+            return
         cluster, job = self.cluster, api.parse(self.body)
+        if job.status.attempt_start_time is not None and f"bot-a{job.status.attempt}" not in self.jobs:
+            self.look(pods=False, body=False)  # absence is asked for once more before it means anything
         decided = plan(job, self._observed(report), SETTINGS, cluster.now, "")
         steps = []
         creates = [manifest for manifest in decided.apply if manifest["kind"] == "Job"]
         if creates and cluster.body["metadata"]["resourceVersion"] != self.body["metadata"]["resourceVersion"]:
             self.look(jobs=False, pods=False)
             return
-        steps += [lambda manifest=manifest: cluster.create(manifest) for manifest in creates]
+        for manifest in decided.apply:
+            write = cluster.create if manifest["kind"] == "Job" else cluster.keep
+            steps.append(lambda write=write, manifest=manifest: write(manifest))
         steps += [lambda item=item: self._suspend(item) for item in decided.suspend]
+        steps += [lambda item=item: self._stop(item) for item in decided.stop]
+        steps += [lambda item=item: cluster.others.discard(f"{item.kind}/{item.name}") for item in decided.remove]
         steps += [lambda item=item: self._delete(item) for item in decided.delete]
         if decided.status != job.status:
             steps.append(lambda: self._write(decided.status))
@@ -228,7 +263,15 @@ class Operator:
         if job is not None and job["metadata"]["uid"] == item.uid:
             job["spec"]["suspend"] = item.suspended
 
+    def _stop(self, item: Any) -> None:
+        job = self.cluster.jobs.get(item.name)
+        if job is not None and job["metadata"]["uid"] == item.uid:
+            job["spec"]["activeDeadlineSeconds"] = 1
+
     def _delete(self, item: Any) -> None:
+        if item.kind == api.KIND:
+            self.cluster.delete_body(self.body["metadata"]["resourceVersion"])
+            return
         job = self.cluster.jobs.get(item.name)
         if job is not None and job["metadata"]["uid"] == item.uid:
             self.cluster.delete_job(item.name)

@@ -36,6 +36,19 @@ STAGED = TerminationMessage(
 DONE = TerminationMessage(reason="Done", message="done", result=Result(steps=50, tokens=1)).to_json()
 
 
+SPECS = st.fixed_dictionaries(
+    {
+        "failurePolicy": st.fixed_dictionaries(
+            {"maxRestarts": st.integers(0, 3)}, optional={"startupDeadlineSeconds": st.just(700)}
+        )
+    },
+    optional={
+        "cleanPodPolicy": st.sampled_from(["Running", "All", "None"]),
+        "ttlSecondsAfterFinished": st.sampled_from([0, 100]),
+        "activeDeadlineSeconds": st.just(1500),
+        "queue": st.just({"name": "team"}),
+    },
+)
 EXIT_CODES = st.sampled_from([1, 0, 137, 80, 81, 65])
 LAG = st.booleans()
 
@@ -46,20 +59,22 @@ class History(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.new_cluster, self.new_operator = self.model
-        self.cluster = self.new_cluster(1, 0)
+        self.cluster = self.new_cluster(1)
         self.operator = self.new_operator(self.cluster)
         self.report: ProgressReport | None = None
         self.last = api.FineTuneJobStatus()
         self.created_at_end: int | None = None
+        self.is_replaced = False
+        """Whether attempts may have been given up without a loss: for other nodes, or to leave a queue."""
 
     model: Any
     """What makes a cluster, and what makes an operator on it."""
     starts_running = True
     """Whether a history starts with a gang that runs: the way there is always the same."""
 
-    @initialize(nodes=st.integers(1, 3), restarts=st.integers(0, 3))
-    def begin(self, nodes: int, restarts: int) -> None:
-        self.cluster = self.new_cluster(nodes, restarts)
+    @initialize(nodes=st.integers(1, 3), spec=SPECS)
+    def begin(self, nodes: int, spec: Object) -> None:
+        self.cluster = self.new_cluster(nodes, **spec)
         self.operator = self.new_operator(self.cluster)
         if self.starts_running:
             self._go_on(6)
@@ -69,11 +84,16 @@ class History(RuleBasedStateMachine):
 
     def _go_on(self, rounds: int) -> None:
         for _ in range(rounds):
+            self._admit()
             self.cluster.settle()
             for pod in self._pods(phase="Pending"):
                 self.cluster.run(pod)
             self.operator.look()
             self.operator.reconcile(self.report, writes=99)
+
+    def _admit(self) -> None:
+        for job in self.cluster.queued():
+            job["spec"]["suspend"] = False
 
     @rule(rounds=st.integers(1, 4), seconds=st.sampled_from([0, 30]))
     def all_goes_well(self, rounds: int, seconds: int) -> None:
@@ -150,11 +170,38 @@ class History(RuleBasedStateMachine):
     @rule(suspend=st.booleans())
     def person_suspends_or_resumes(self, suspend: bool) -> None:
         if self.cluster.body["spec"].get("suspend", False) != suspend:
-            self.cluster.set_suspend(suspend)
+            self.cluster.change(suspend=suspend)
+            self.is_replaced |= "queue" in self.cluster.body["spec"]
 
-    @precondition(lambda self: self._status().attempt_start_time is not None)
+    @precondition(lambda self: self.cluster.body["spec"].get("suspend"))
+    @rule(nodes=st.integers(1, 3))
+    def person_changes_the_nodes_of_a_suspended_job(self, nodes: int) -> None:
+        if self.cluster.body["spec"]["workers"]["nodes"] != nodes:
+            self.cluster.change(workers={"nodes": nodes})
+            self.is_replaced = True
+
+    @precondition(lambda self: not self.cluster.is_deleted and not self.ended)
+    @rule(more=st.integers(0, 3))
+    def person_allows_more_restarts(self, more: int) -> None:
+        policy = self.cluster.body["spec"]["failurePolicy"]
+        self.cluster.change(failurePolicy={**policy, "maxRestarts": max(policy["maxRestarts"], more)})
+
+    @precondition(lambda self: self.cluster.others)
+    @rule(data=st.data())
+    def person_deletes_a_config_map_or_service(self, data: Any) -> None:
+        self.cluster.others.discard(data.draw(st.sampled_from(sorted(self.cluster.others))))
+
+    @precondition(lambda self: self.cluster.queued())
+    @rule(suspend=st.booleans())
+    def queue_admits_or_preempts(self, suspend: bool) -> None:
+        for job in self.cluster.queued():
+            job["spec"]["suspend"] = suspend
+
+    @precondition(lambda self: self._status().attempt_start_time is not None and not self.cluster.is_deleted)
     @rule(step=st.integers(0, 50), saved=st.booleans())
     def trainer_reports(self, step: int, saved: bool) -> None:
+        known = self._status().checkpoint
+        step = max(step, known.step if known else 0)  # it has resumed from there
         checkpoint = CheckpointStatus(step=step, path=f"step-{step}", time=self.cluster.now) if saved else None
         progress = Progress(step=step, total_steps=50, epoch=0, percentage=2 * step)
         self.report = ProgressReport(progress=progress, checkpoint=checkpoint)
@@ -184,12 +231,19 @@ class History(RuleBasedStateMachine):
         assert status.attempt >= last.attempt
         assert status.restarts >= last.restarts
         assert status.disruptions >= last.disruptions
-        assert status.attempt in (0, 1 + status.restarts + status.disruptions)
+        losses = status.restarts + status.disruptions
+        assert status.attempt in (0, 1 + losses) or (self.is_replaced and status.attempt > losses)
         assert status.restarts <= self.cluster.body["spec"]["failurePolicy"]["maxRestarts"]
         if status.attempt > 1:
             assert f"bot-a{status.attempt - 1}" in self.cluster.created, "an attempt was given up that never was"
         if last.start_time is not None:
             assert status.start_time == last.start_time
+        if last.completion_time is not None:
+            assert status.completion_time == last.completion_time
+        if last.checkpoint is not None:
+            assert status.checkpoint is not None
+            assert status.checkpoint.step >= last.checkpoint.step, "a checkpoint was forgotten"
+        assert status.active_seconds >= last.active_seconds
         if status.attempt == last.attempt and status.progress and last.progress and "Suspended" not in self._held():
             assert status.progress.step >= last.progress.step or status.attempt_start_time is None
         self.last = status
@@ -205,13 +259,13 @@ class History(RuleBasedStateMachine):
                 self.created_at_end, self.ends = len(self.cluster.created), ends
             return
         assert ends == self.ends
+        assert len(ends) == 1
         assert len(self.cluster.created) == self.created_at_end, "something was created after the end"
 
     def teardown(self) -> None:
         """Let the world be kind from now on: the job must come to its end, and hold nothing then."""
         self.cluster.lost.clear()
-        self.cluster.body["spec"]["suspend"] = False
-        self.cluster.body["metadata"]["resourceVersion"] = self.cluster.version()
+        self.cluster.change(suspend=False)
         for _ in range(40):
             self.cluster.now += timedelta(seconds=301)
             for _ in range(6):
@@ -219,14 +273,28 @@ class History(RuleBasedStateMachine):
                 self.operator.look()
                 self.operator.reconcile(None, writes=99)
                 self._be_kind()
-            if self._status().state in ("Succeeded", "Failed") and not any(map(is_live, self._pods(role="worker"))):
+                if self.cluster.is_deleted:
+                    assert self.ended, "a job was deleted before its end"
+                    assert "ttlSecondsAfterFinished" in self.cluster.body["spec"]
+            if self.ended and self._is_tidy():
                 break
         status = self._status()
         assert status.state in ("Succeeded", "Failed"), f"no end: {status.to_dict()}"
-        assert not [pod for pod in self._pods(role="worker") if is_live(pod)], "worker pods are held after the end"
-        assert status.workers is None or status.workers.active == 0
+        assert self._is_tidy(), f"held after the end: {[*self.cluster.jobs, *self.cluster.pods, *self.cluster.others]}"
+        assert self.cluster.is_deleted or status.workers is None or status.workers.active == 0
+
+    def _is_tidy(self) -> bool:
+        """Whether nothing is left but what the spec wants to be kept."""
+        spec = self.cluster.body["spec"]
+        if any(is_live(pod) for pod in self._pods(role="worker")):
+            return False
+        if "ttlSecondsAfterFinished" in spec:
+            return self.cluster.is_deleted
+        workers = [name for name in self.cluster.jobs if name.startswith("bot-a")]
+        return spec.get("cleanPodPolicy") != "All" or not (workers or self.cluster.others)
 
     def _be_kind(self) -> None:
+        self._admit()
         for pod in self._pods(phase="Pending"):
             self.cluster.run(pod)
         if all(pod["status"]["phase"] != "Pending" for pod in self._pods()):
@@ -235,6 +303,10 @@ class History(RuleBasedStateMachine):
                 self.cluster.end(pod, 0, STAGED if stage else DONE)
 
     # ---------------------------------------------------------------- helpers
+
+    @property
+    def ended(self) -> bool:
+        return self._status().state in ("Succeeded", "Failed")
 
     def _status(self) -> api.FineTuneJobStatus:
         return api.FineTuneJobStatus.model_validate(self.cluster.body.get("status") or {})

@@ -8,6 +8,7 @@ import socket
 import ssl
 import tempfile
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -70,7 +71,19 @@ class Api:
         self.connection: http.client.HTTPSConnection | None = None
 
     def request(self, method: str, path: str, body: Object | None = None) -> Object:
-        """One request and its answer. Raises Refused."""
+        """One request and its answer, tried again while the server is away or busy. Raises Refused."""
+        deadline = time.monotonic() + SECONDS
+        while True:
+            try:
+                return self._once(method, path, body)
+            except (Refused, OSError, http.client.HTTPException) as error:
+                self.close()
+                busy = not isinstance(error, Refused) or error.status in (429, 500, 503)
+                if not busy or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.5)
+
+    def _once(self, method: str, path: str, body: Object | None) -> Object:
         if self.connection is None:
             self.connection = self._open(SECONDS)
         patch = "application/merge-patch+json" if method == "PATCH" else "application/json"
@@ -85,28 +98,35 @@ class Api:
     def watch(self, path: str, stopped: Callable[[], bool], selector: str = "") -> Iterator[tuple[str, Object]]:
         """What there is and what happens to it, until `stopped` says so; ("TICK", {}) when a second had no news."""
         query = f"labelSelector={selector}" if selector else ""
-        listed = self.request("GET", f"{path}?{query}")
-        for item in listed["items"]:
-            yield "ADDED", item
-        version = listed["metadata"]["resourceVersion"]
+        version = ""
         while not stopped():
+            if not version:
+                listed = self.request("GET", f"{path}?{query}")
+                yield from (("ADDED", item) for item in listed["items"])
+                version = listed["metadata"]["resourceVersion"]
             connection = self._open(1.0)
-            connection.request("GET", f"{path}?{query}&watch=1&resourceVersion={version}&timeoutSeconds=300")
-            answer = connection.getresponse()
             try:
-                for event in _lines(answer, stopped):
-                    if event:
-                        version = event["object"]["metadata"]["resourceVersion"]
-                        yield event["type"], event["object"]
-                    else:
-                        yield "TICK", {}
+                connection.request("GET", f"{path}?{query}&watch=1&resourceVersion={version}&timeoutSeconds=300")
+                with connection.getresponse() as answer:
+                    for event in _lines(answer, stopped):
+                        if event.get("type") == "ERROR":
+                            version = ""
+                            break
+                        if event:
+                            version = event["object"]["metadata"]["resourceVersion"]
+                            yield event["type"], event["object"]
+                        else:
+                            yield "TICK", {}
+            except (OSError, http.client.HTTPException):
+                version = ""  # the server went away: what happened meanwhile is in the next list
+                time.sleep(0.5)
             finally:
-                answer.close()
                 connection.close()
 
     def close(self) -> None:
         if self.connection is not None:
             self.connection.close()
+            self.connection = None
 
     def _open(self, seconds: float) -> http.client.HTTPSConnection:
         account = self.account

@@ -24,7 +24,7 @@ JOBS = int(os.environ.get("KUBETUNE_DRILL_JOBS", "20"))
 SEED = int(os.environ.get("KUBETUNE_DRILL_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 SECONDS = 300 + 6 * JOBS
 """Until when all jobs must have ended. Two idle cores need a small part of it."""
-KILL_SECONDS = (0.2, 5.0)
+KILL_SECONDS = (0.2, max(5.0, JOBS / 20))
 """Between one operator's readiness and its death."""
 DIES_AT_A_WRITE = 0.02
 """Share of all writes at which the operator dies: half of them are carried out."""

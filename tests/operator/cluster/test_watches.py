@@ -147,14 +147,6 @@ async def test_an_answer_that_is_no_status_is_told_by_its_reason(cluster, server
         await cluster.list_finetunejobs()
 
 
-@pytest.mark.parametrize(("header", "seconds"), [("3", 3.0), (None, None), ("Wed, 21 Oct 2026 07:28:00 GMT", None)])
-async def test_the_wait_that_the_server_asks_for_is_known(cluster, server, header, seconds):
-    server.answers = [web.Response(status=429, headers={"Retry-After": header} if header else {})]
-    with pytest.raises(ApiError) as caught:
-        await cluster.list_finetunejobs()
-    assert caught.value.retry_after == seconds
-
-
 async def test_a_job_that_the_cache_lacks_is_asked_for(cluster, server, job, attempt_job):
     """Its watch may be late."""
     await cluster.find_job("team", "bot-a1")

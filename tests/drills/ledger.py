@@ -1,6 +1,7 @@
 """What was seen of each drill when it last ran, kept from run to run: a drill that is repeated changes its own rows."""
 
 import json
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ class Ledger:
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        self._one = threading.Lock()
         self.seen: dict[str, list[dict[str, Any]]] = json.loads(file.read_text()) if file.is_file() else {}
 
-    def take(self, reports: Iterable[Report]) -> None:
+    def take(self, report: Report) -> None:
         """Note what was seen; a drill that failed has no rows any more."""
-        for report in reports:
+        with self._one:
             self.seen.pop(report.drill.name, None)
             if not report.problem:
                 self.seen[report.drill.name] = [_plain(row) for row in report.rows]
-        self.file.write_text(json.dumps(self.seen, indent=1))
+            self.file.write_text(json.dumps(self.seen, indent=1))
 
     def reports(self, drills: Iterable[Drill]) -> list[Report]:
         """What is known of these drills; rows of a drill that has changed since are not."""

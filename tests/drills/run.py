@@ -12,6 +12,7 @@ from cluster_tool import REPOSITORY, ClusterError, default_layout, describe
 from kube import Kube
 from tests.drills import material, runner, table
 from tests.drills.catalogue import DRILLS
+from tests.drills.drill import Drill
 from tests.drills.ledger import Ledger
 from tests.drills.site import Site
 
@@ -31,7 +32,8 @@ def main() -> int:
     try:
         layout = default_layout()
         site = Site(Kube(layout), layout)
-        reports = carry_out(site, drills, arguments.keep)
+        ledger = Ledger(layout.state / "drills.json")
+        reports = carry_out(site, drills, ledger, arguments.keep)
     except (ClusterError, OSError) as error:
         print(f"error: {describe(error)}", file=sys.stderr)
         return 1
@@ -39,13 +41,12 @@ def main() -> int:
     for report in failed:
         print(f"\n{report.drill.name}: {report.drill.case}\n  {report.problem}", file=sys.stderr)
     print(f"{len(reports) - len(failed)} of {len(reports)} drills were as they must be", file=sys.stderr)
-    write_page(Ledger(layout.state / "drills.json"), reports)
+    write_page(ledger)
     return 1 if failed else 0
 
 
-def write_page(ledger: Ledger, reports: list[runner.Report]) -> None:
+def write_page(ledger: Ledger) -> None:
     """Write the page once every drill was seen."""
-    ledger.take(reports)
     known = ledger.reports(DRILLS)
     missing = {drill.name for drill in DRILLS} - {report.drill.name for report in known}
     if missing:
@@ -54,12 +55,12 @@ def write_page(ledger: Ledger, reports: list[runner.Report]) -> None:
         PAGE.write_text(table.page(known))
 
 
-def carry_out(site: Site, drills: list[runner.Drill], keep: bool) -> list[runner.Report]:
+def carry_out(site: Site, drills: list[Drill], ledger: Ledger, keep: bool) -> list[runner.Report]:
     """Bring up what the drills need, run them, and remove it."""
     with tempfile.TemporaryDirectory() as folder:
         site.set_up(drills, material.write(Path(folder)))
     try:
-        return runner.run(site, drills)
+        return runner.run(site, drills, ledger.take)
     finally:
         if not keep:
             site.tear_down()

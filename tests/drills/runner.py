@@ -40,24 +40,29 @@ class Report:
     """Empty if everything was as it must be."""
 
 
-def run(site: Site, drills: Iterable[Drill]) -> list[Report]:
-    """Run the drills; the reports are in their order. First what stands still, then what trains, then the outage."""
+Done = Callable[[Report], object]
+"""Is told of each drill that is over."""
+
+
+def run(site: Site, drills: Iterable[Drill], done: Done = lambda _: None) -> list[Report]:
+    """Run the drills; the reports are in their order. What stands still goes beside what trains; then the outage."""
     drills = list(drills)
     reports = {drill.name: Report(drill) for drill in drills}
     plain = [drill for drill in drills if drill.outage is None]
     with ThreadPoolExecutor(TRAINING) as slow, ThreadPoolExecutor(WAITING) as quick:
         for drill in plain:
-            (slow if drill.trains else quick).submit(_carry_out, site, reports[drill.name])
+            (slow if drill.trains else quick).submit(_carry_out, site, reports[drill.name], done)
     during = [drill for drill in drills if drill.outage is not None]
     if during:
-        _with_outage(site, [reports[drill.name] for drill in during])
+        _with_outage(site, [reports[drill.name] for drill in during], done)
     return list(reports.values())
 
 
-def _carry_out(site: Site, report: Report) -> None:
+def _carry_out(site: Site, report: Report, done: Done) -> None:
     scene = Scene(site, report.drill)
     _guard(report, scene, lambda: _do(report.drill.before, scene))
     _acts(report, scene, None)
+    done(report)
 
 
 def _acts(report: Report, scene: Scene, since: float | None) -> None:
@@ -76,7 +81,7 @@ def _perform_all(report: Report, scene: Scene, since: float | None) -> None:
     _do(report.drill.after, scene)
 
 
-def _with_outage(site: Site, reports: Sequence[Report]) -> None:
+def _with_outage(site: Site, reports: Sequence[Report], done: Done) -> None:
     scenes = [Scene(site, report.drill) for report in reports]
     pairs = list(zip(reports, scenes, strict=True))
 
@@ -101,6 +106,8 @@ def _with_outage(site: Site, reports: Sequence[Report]) -> None:
     together(meanwhile)
     began = site.scale_operator(1)
     together(lambda report, scene: _acts(report, scene, began))
+    for report in reports:
+        done(report)
 
 
 def _not_ended(scene: Scene) -> None:

@@ -88,7 +88,6 @@ DRILLS = (
         "LlamaForCausalLM",
         model="bert",
         trains=False,
-        quick=True,
     ),
     ends(
         "truncated-weights",
@@ -132,7 +131,6 @@ DRILLS = (
         "data/broken.jsonl",
         "line 4",
         spec={"dataset": {"volumePath": "data/broken.jsonl"}},
-        quick=True,
     ),
     ends(
         "other-format",

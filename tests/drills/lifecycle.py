@@ -76,7 +76,6 @@ DRILLS = (
         (Act("`kubectl apply`", DONE, seconds=240),),
         after=(nothing_held, counted(attempt=1, restarts=0, disruptions=0), event("Running"), event("Succeeded")),
         topic=TOPIC,
-        quick=True,
     ),
     Drill(
         "suspended-first",

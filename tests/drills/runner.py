@@ -11,7 +11,7 @@ from tests.drills.drill import Act, Drill, Gone, Object, Refused, condition_of
 from tests.drills.scene import Scene
 from tests.drills.site import Site
 
-TRAINING = 3
+TRAINING = 4
 """Drills at a time whose workers train: each starts a process with torch on the two cores."""
 ENDED = ("Succeeded", "Failed")
 WAITING = 8

@@ -6,6 +6,7 @@ import pytest
 from tests.drills import table
 from tests.drills.catalogue import DRILLS
 from tests.drills.drill import Act, Drill, Refused, Seen
+from tests.drills.run import PAGE
 from tests.drills.runner import Report, Row
 
 
@@ -13,6 +14,13 @@ def test_every_drill_has_a_name_of_its_own_that_a_job_may_have():
     names = Counter(drill.name for drill in DRILLS)
     assert [name for name, count in names.items() if count > 1] == []
     assert all(len(name) <= 45 for name in names)
+
+
+def test_the_page_tells_every_drill():
+    """`make drills` writes it: a drill without a row was never seen."""
+    page = PAGE.read_text()
+    missing = [drill.name for drill in DRILLS if f"| {table.escaped(drill.case)} |" not in page]
+    assert missing == []
 
 
 def row(message: str, *, refused: bool = False) -> Row:

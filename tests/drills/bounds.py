@@ -85,13 +85,13 @@ DRILLS = (
         "the workers run, but train no more",
         (
             Act(
-                "the training process stopped (SIGSTOP), `failurePolicy.progressDeadlineSeconds: 30`",
+                "the training process stopped (SIGSTOP), `failurePolicy.progressDeadlineSeconds: 75`",
                 Seen("Restarting", "Started", "Restarting", ("no step was finished after step", "restart 1 of 3")),
                 (submit, checkpoint(20), freeze),
                 seconds=240,
             ),
         ),
-        spec={**LONG, "failurePolicy": {"progressDeadlineSeconds": 30}},
+        spec={**LONG, "failurePolicy": {"progressDeadlineSeconds": 75}},
         after=(counted(attempt=2, restarts=1),),
         topic=TOPIC,
     ),

@@ -107,15 +107,6 @@ DRILLS = (
         model="mute",
     ),
     ends(
-        "does-not-fit",
-        "the run does not fit into the GPU's memory",
-        "`workers.gpuMemory: 1Mi`",
-        "DoesNotFit",
-        "GiB",
-        spec={"workers": {"gpusPerNode": 1, "gpuMemory": "1Mi"}},
-        trains=False,
-    ),
-    ends(
         "no-data",
         "the dataset is missing",
         "`dataset.volumePath: data/missing.jsonl`",

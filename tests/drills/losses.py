@@ -180,7 +180,7 @@ DRILLS = (
         "a worker is evicted",
         (
             restarts(
-                ("Worker 0 was evicted", "EvictionByEvictionAPI", "an eviction is not counted"),
+                ("Worker 0 had to leave node", "EvictionByEvictionAPI", "an eviction is not counted"),
                 "evicted through the API, as `kubectl drain` does",
                 holds("Running"),
                 evict,
@@ -197,7 +197,7 @@ DRILLS = (
         "a pod of higher priority takes the worker's place",
         (
             restarts(
-                ("Worker 0 was evicted", "PreemptionByScheduler", "an eviction is not counted"),
+                ("Worker 0 had to leave node", "preemptor of a higher priority", "an eviction is not counted"),
                 "a pod of higher priority created that needs what only the worker has",
                 holds("Running"),
                 make(lambda _: PRIORITY),

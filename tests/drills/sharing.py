@@ -99,19 +99,18 @@ DRILLS = (
                 "three jobs submitted at once",
                 Seen("Succeeded", "Succeeded", "Done", also=_has_commit),
                 (submit, another("two"), another("three")),
-                seconds=180,
+                seconds=240,
             ),
         ),
         spec=hub("good-shared/tiny-llama"),
         after=(ends_too("two", "three"), sent_times("good-shared", 1), staged_by("two", "three")),
         topic=TOPIC,
-        quick=True,
     ),
     Drill(
         "damaged",
         "a staged model is damaged",
         (
-            Act("the first job", STAGED, seconds=150),
+            Act("the first job", STAGED, seconds=240),
             Act(
                 "one byte of the weights changed on the volume, then the same job again under another name",
                 STAGED,
@@ -129,7 +128,7 @@ DRILLS = (
             Act(
                 "`huggingFace` for both",
                 Seen("Succeeded", "Succeeded", "Done", also=lambda status: status["stagedData"][0]["files"] == 1),
-                seconds=150,
+                seconds=240,
             ),
         ),
         spec={
@@ -139,7 +138,7 @@ DRILLS = (
         topic=TOPIC,
     ),
     Drill(
-        "no-data",
+        "no-data-file",
         "the dataset repository lacks the file",
         (
             Act(
@@ -160,7 +159,11 @@ DRILLS = (
                 "`gpuMemory: 1Gi` and long packed rows",
                 Seen("Failed", "Failed", "DoesNotFit", ("on each GPU", "workers.gpuMemory is 1Gi: set ", ", or set ")),
             ),
-            Act("nothing", Seen("Failed", "Failed", "DoesNotFit", also=_has_estimate), (state("Failed"),)),
+            Act(
+                "(the estimate is in the status)",
+                Seen("Failed", "Failed", "DoesNotFit", also=_has_estimate),
+                (state("Failed"),),
+            ),
         ),
         spec=LARGE_STEP,
         after=(left(job=0, service=0, configmap=0), nothing_held),

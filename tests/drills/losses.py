@@ -242,7 +242,7 @@ DRILLS = (
             Act(
                 "`kubectl delete service`, then worker 1 of 2 killed",
                 Seen("Running", "Running", "Running", ("Attempt 2: 2 of 2 workers",)),
-                (submit, holds("Running"), delete("service/{name}"), kill(1)),
+                (submit, checkpoint(20), delete("service/{name}"), kill(1)),
                 seconds=240,
             ),
         ),

@@ -9,7 +9,13 @@ from tests.drills.scene import PATIENCE, Scene, active, is_ready
 
 LONG: Object = {"training": {"maxSteps": 20000}, "checkpoint": {"everySteps": 20}}
 """Of a job that runs until the drill is over."""
-KILL = "until kill -9 $(cat /proc/1/task/*/children); do sleep 0.2; done"
+KILL = """
+n=0
+until kill -9 $(cat /proc/1/task/*/children) 2>/dev/null; do
+  n=$((n+1)); [ $n -lt 300 ] || { echo "there is no training process" >&2; exit 1; }
+  sleep 0.2
+done
+"""
 """Kills the training process as soon as there is one; the launcher, the container's first process, says so and ends."""
 
 

@@ -27,13 +27,14 @@ class Ledger:
             self.file.write_text(json.dumps(self.seen, indent=1))
 
     def reports(self, drills: Iterable[Drill]) -> list[Report]:
-        """What is known of these drills; rows of a drill that has changed since are not."""
-        found = []
-        for drill in drills:
-            rows = self.seen.get(drill.name, [])
-            if [row["done"] for row in rows] == [act.done for act in drill.acts]:
-                found.append(Report(drill, [_row(drill, number, row) for number, row in enumerate(rows)]))
-        return found
+        """What is known of these drills; nothing of one that has changed since it ran."""
+        return [Report(drill, self._rows(drill)) for drill in drills]
+
+    def _rows(self, drill: Drill) -> list[Row]:
+        rows = self.seen.get(drill.name, [])
+        if [row["done"] for row in rows] != [act.done for act in drill.acts]:
+            return []
+        return [_row(drill, number, row) for number, row in enumerate(rows)]
 
 
 def _plain(row: Row) -> dict[str, Any]:

@@ -139,7 +139,10 @@ DRILLS = (
                 seconds=240,
             ),
         ),
-        spec={"failurePolicy": {"maxRestarts": 0}, "workers": {"resources": {"limits": {"memory": "200Mi"}}}},
+        spec={
+            "failurePolicy": {"maxRestarts": 0},
+            "workers": {"resources": {"requests": {"memory": None}, "limits": {"memory": "200Mi"}}},
+        },
         after=(nothing_held,),
         topic=TOPIC,
     ),

@@ -85,6 +85,7 @@ DRILLS = (
         DONE,
         counted(attempt=1),
         spec=hub("stalled-while/tiny-llama"),
+        brief=True,
     ),
     away(
         "away-starting",
@@ -181,5 +182,6 @@ DRILLS = (
         DONE,
         counted(attempt=1),
         spec=hub("stalled-absent/tiny-llama"),
+        brief=True,
     ),
 )

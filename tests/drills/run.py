@@ -41,18 +41,8 @@ def main() -> int:
     for report in failed:
         print(f"\n{report.drill.name}: {report.drill.case}\n  {report.problem}", file=sys.stderr)
     print(f"{len(reports) - len(failed)} of {len(reports)} drills were as they must be", file=sys.stderr)
-    write_page(ledger)
+    PAGE.write_text(table.page(ledger.reports(DRILLS)))
     return 1 if failed else 0
-
-
-def write_page(ledger: Ledger) -> None:
-    """Write the page once every drill was seen."""
-    known = ledger.reports(DRILLS)
-    missing = {drill.name for drill in DRILLS} - {report.drill.name for report in known}
-    if missing:
-        print(f"{PAGE.name} stays as it is: still to be seen are {', '.join(sorted(missing))}", file=sys.stderr)
-    else:
-        PAGE.write_text(table.page(known))
 
 
 def carry_out(site: Site, drills: list[Drill], ledger: Ledger, keep: bool) -> list[runner.Report]:

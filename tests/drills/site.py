@@ -93,7 +93,10 @@ class Site:
                 "precision": "FP32",
             },
             "checkpoint": {"everySteps": 10},
-            "workers": {"nodes": 1, "resources": {"requests": {"cpu": "50m"}, "limits": {"memory": "3Gi"}}},
+            "workers": {
+                "nodes": 1,
+                "resources": {"requests": {"cpu": "50m", "memory": "600Mi"}, "limits": {"memory": "3Gi"}},
+            },
             "storage": {"models": {"claimName": "models"}, "output": {"claimName": "output"}},
         }
         return merged(base, drill.spec)

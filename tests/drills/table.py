@@ -1,7 +1,7 @@
 """docs/drills.md: what was done, what was seen of it, and how long that took. Pure functions over the reports."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from tests.drills.drill import Refused
 from tests.drills.runner import Report, Row
@@ -28,8 +28,10 @@ The seconds count from the last thing that was done (or from the start of the op
 FineTuneJob said so. They are those of a node with two cores on which other drills ran at the same time, and of an
 operator with these settings: {settings}.
 
-The message is that of the condition which the state comes with; only its first words stand here.
+The message is that of the condition which the state comes with; only its first words stand here. A drill that did not
+end as it must when it last ran has a row that says so.
 """
+UNSEEN = "**not seen in the last run**"
 ROW_HEAD = "| case | what was done | state, reason | the message begins | seconds |\n| --- | --- | --- | --- | ---: |\n"
 
 
@@ -39,18 +41,18 @@ def page(reports: Sequence[Report]) -> str:
     topics = dict.fromkeys(report.drill.topic for report in reports)
     parts = [HEAD.format(settings=settings)]
     for topic in topics:
-        rows = [row for report in reports if report.drill.topic == topic for row in report.rows]
-        parts.append(f"\n## {topic}\n\n{ROW_HEAD}{''.join(map(line, _told_once(rows)))}")
+        rows = "".join(_rows(report) for report in reports if report.drill.topic == topic)
+        parts.append(f"\n## {topic}\n\n{ROW_HEAD}{rows}")
     return "".join(parts)
 
 
-def _told_once(rows: Iterable[Row]) -> list[tuple[str, Row]]:
-    """Each row with its case, which a further act of the same drill does not repeat."""
-    told: list[tuple[str, Row]] = []
-    for row in rows:
-        again = bool(told) and told[-1][1].drill is row.drill
-        told.append(("" if again else row.drill.case, row))
-    return told
+def _rows(report: Report) -> str:
+    """The acts of a drill; only the first one tells the case."""
+    cases = [report.drill.case, *[""] * len(report.drill.acts)]
+    if not report.rows:
+        done = zip(cases, report.drill.acts, strict=False)
+        return "".join(f"| {escaped(case)} | {escaped(act.done)} | {UNSEEN} |  |  |\n" for case, act in done)
+    return "".join(map(line, zip(cases, report.rows, strict=False)))
 
 
 def line(told: tuple[str, Row]) -> str:

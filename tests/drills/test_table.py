@@ -17,7 +17,7 @@ def test_every_drill_has_a_name_of_its_own_that_a_job_may_have():
 
 
 def test_the_page_tells_every_drill():
-    """`make drills` writes it: a drill without a row was never seen."""
+    """`make drills` writes it."""
     page = PAGE.read_text()
     missing = [drill.name for drill in DRILLS if f"| {table.escaped(drill.case)} |" not in page]
     assert missing == []
@@ -53,7 +53,14 @@ def test_a_line_of_the_table(case):
 
 
 def test_a_case_stands_once_however_many_acts_it_has():
-    seen = row("said")
-    page = table.page([Report(seen.drill, [seen, seen])])
+    act = row("said").act
+    drill = Drill("one", "a case", (act, act))
+    seen = Row(drill, act, "Failed", "Crash", "said", 1.0)
+    page = table.page([Report(drill, [seen, seen])])
     assert page.count("| a case |") == 1
     assert page.count("`kill \\| wait`") == 2
+
+
+def test_a_drill_that_was_not_as_it_must_be_says_so():
+    page = table.page([Report(row("said").drill)])
+    assert f"| a case | `kill \\| wait` | {table.UNSEEN} |  |  |" in page

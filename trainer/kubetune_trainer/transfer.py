@@ -173,7 +173,7 @@ def _complete(file: RemoteFile, folder: Path) -> None:
         if file.lies_in(folder):
             half.unlink(missing_ok=True)
             return
-        there = stream.tell()
+        there = stream.seek(0, os.SEEK_END)  # whoever had the lock may have gone on
         if there > file.size:
             there = stream.truncate(0)
         if there:

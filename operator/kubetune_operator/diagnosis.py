@@ -287,7 +287,8 @@ def _by_code(cause: Cause, pod: Manifest, who: str, word: TerminationMessage | N
         return Ending(cause, "OOMKilled", f"{message} ({_out_of_memory(pod, container)}", _log(pod, state, word))
     message += _signal(code)
     if word is not None:
-        return Ending(cause, word.reason, f"{message}: {word.message}", word.log or "")
+        more = "" if word.message.endswith(f"exit code {code}") else f": {word.message}"  # the launcher knows no more
+        return Ending(cause, word.reason, f"{message}{more}", word.log or "")
     reason = reason_of(code) if container == CONTAINER else ExitCode.CRASH.reason
     return Ending(cause, reason, message, _log(pod, state, word))
 

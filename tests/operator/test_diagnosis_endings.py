@@ -255,6 +255,16 @@ CASES = [
         LIMIT,
     ),
     Case(
+        "real: one process of several was killed, and the launcher knows no more than its code",
+        {
+            "phase": "Failed",
+            **terminated(137, message='{"reason":"Crash","message":"a training process ended with exit code 137"}'),
+        },
+        Cause.CRASH,
+        "Crash",
+        "often its node ran out of memory).",
+    ),
+    Case(
         "a watchdog that aborted a process (torch, ProcessGroupNCCL)",
         {"phase": "Failed", **terminated(134, message="terminate called after throwing 'c10::DistBackendError'")},
         Cause.LEFT,

@@ -154,9 +154,7 @@ def run(command: Sequence[str], nodes: Nodes) -> int:
     """`launch`, with errors told to people and, where no rank has told it, the reason to the kubelet."""
     try:
         code = launch(command, nodes)
-        text = f"a training process ended with exit code {code}" + (
-            " (killed; often for lack of memory)" if code == 128 + signal.SIGKILL else ""
-        )
+        text = f"a training process ended with exit code {code}"
     except JobError as error:
         code, text = int(error.exit_code), str(error)
         print(f"error: {text}", file=sys.stderr, flush=True)

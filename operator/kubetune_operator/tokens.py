@@ -7,13 +7,14 @@ compares the pod with those that it knows.
 
 import time
 from collections.abc import Callable
-from typing import Any, Final, NamedTuple
-
-import jwt
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from kubetune_contract.paths import TOKEN_AUDIENCE
 from kubetune_operator.connection import Connection
 from kubetune_operator.errors import OperatorError
+
+if TYPE_CHECKING:  # 10 MiB that an operator with TokenReviews does without
+    import jwt
 
 ISSUER_PATH: Final = "/.well-known/openid-configuration"
 KEYS_PATH: Final = "/openid/v1/jwks"
@@ -46,6 +47,8 @@ class TokenVerifier:
 
     async def refresh(self) -> None:
         """Read issuer and keys. Raises OperatorError if the API server does not show them."""
+        import jwt
+
         self._due = self._clock() + REFRESH_SECONDS
         try:
             self._issuer = (await self._connection.request("GET", ISSUER_PATH))["issuer"]
@@ -61,6 +64,8 @@ class TokenVerifier:
 
         Raises OperatorError if the keys cannot be read.
         """
+        import jwt
+
         try:
             name = jwt.get_unverified_header(token).get("kid", "")
         except jwt.InvalidTokenError:
@@ -73,7 +78,9 @@ class TokenVerifier:
         return None if key is None else _identity(token, key, self._issuer)
 
 
-def _identity(token: str, key: jwt.PyJWK, issuer: str) -> PodIdentity | None:
+def _identity(token: str, key: "jwt.PyJWK", issuer: str) -> PodIdentity | None:
+    import jwt
+
     try:
         claims: dict[str, Any] = jwt.decode(
             token,

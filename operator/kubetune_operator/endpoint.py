@@ -77,7 +77,7 @@ async def serve(app: web.Application, port: int, context: ssl.SSLContext | None 
     """Serve on all addresses, until the caller cleans the runner up. A client that is too slow is cut off."""
     guard = Guard()
     app.middlewares.append(guard.middleware)
-    runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_SECONDS)
+    runner = web.AppRunner(app, access_log=None, keepalive_timeout=IDLE_SECONDS, lingering_time=1.0)
     await runner.setup()
     await _Site(runner, port=port, ssl_context=context).start()
     guard.start(runner)

@@ -1,10 +1,15 @@
 """Builders that the operator's tests share. Each makes a small, valid object; a test names only what it is about."""
 
-from datetime import UTC, datetime
+import ipaddress
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from kubetune_operator import api, build, names, stagers
 from kubetune_operator.contents import Content, contents
@@ -194,5 +199,34 @@ def pod():
                 "containerStatuses": [container],
             },
         }
+
+    return make
+
+
+@pytest.fixture
+def certificate():
+    """certificate(folder, name, serial): a self-signed certificate, also for 127.0.0.1, and its key, in two files."""
+
+    def make(folder: Path, name: str = "localhost", serial: int = 1) -> tuple[Path, Path]:
+        key = ec.generate_private_key(ec.SECP256R1())
+        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+        start, own = datetime.now(UTC), ipaddress.ip_address("127.0.0.1")
+        made = (
+            x509.CertificateBuilder()
+            .subject_name(subject)
+            .issuer_name(subject)
+            .public_key(key.public_key())
+            .serial_number(serial)
+            .not_valid_before(start - timedelta(minutes=1))
+            .not_valid_after(start + timedelta(hours=1))
+            .add_extension(x509.SubjectAlternativeName([x509.DNSName(name), x509.IPAddress(own)]), critical=False)
+            .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+            .sign(key, hashes.SHA256())
+        )
+        pem = serialization.Encoding.PEM
+        (folder / "tls.crt").write_bytes(made.public_bytes(pem))
+        private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+        (folder / "tls.key").write_bytes(private)
+        return folder / "tls.crt", folder / "tls.key"
 
     return make

@@ -1,26 +1,15 @@
-"""The progress endpoint: who may report what, what is shown when, and its neighbours for health and metrics."""
+"""The progress endpoint: who may report what, what is shown when, and how two replicas share the work."""
 
-import asyncio
-import contextlib
-import datetime as dt
-import ssl
 from typing import NamedTuple
 
-import aiohttp
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
 from kubetune_contract.paths import PROGRESS_PATH
 from kubetune_contract.progress import Progress, ProgressReport
-from kubetune_operator import endpoint
-from kubetune_operator.endpoint import Guard, health_app, keep_certificate_fresh, serve, server_context
+from kubetune_operator.endpoint import serve, server_context
 from kubetune_operator.errors import Unreachable
-from kubetune_operator.metrics import Metrics
 from kubetune_operator.progress import BODY_LIMIT, FORWARDED, Limiter, ProgressServer, ProgressStore, Relay, may_report
 
 DEADLINE = 5.0
@@ -226,7 +215,7 @@ async def test_reports_can_only_be_posted(server):
     assert (await server.get("/v1/progress/team/bot/1")).status == 405
 
 
-# ---------------------------------------------------------------- too often, too slow, too many
+# ---------------------------------------------------------------- too often
 
 
 def test_a_limit_fills_up_with_time():
@@ -262,68 +251,11 @@ async def test_who_guesses_tokens_is_not_listened_to(server):
     assert (await post(server))[0] == 429
 
 
-async def test_a_client_that_never_ends_its_report_is_cut_off(worker, monkeypatch):
-    monkeypatch.setattr(endpoint, "REQUEST_SECONDS", 0.05)
-    taken = []
-
-    async def authenticate(_: str) -> Pod:
-        return Pod()
-
-    server = ProgressServer(authenticate, lambda *_: worker, lambda *arguments: taken.append(arguments))
-    runner, port = await _served(server.app())
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    head = "POST /v1/progress/team/bot/1 HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t\r\nContent-Length: 50\r\n\r\n{"
-    writer.write(head.encode())
-    async with asyncio.timeout(DEADLINE):
-        assert (await reader.readline()).startswith(b"HTTP/1.1 408")
-    writer.close()
-    await runner.cleanup()
-    assert taken == []
-
-
-async def _served(app: web.Application):
-    runner = await serve(app, 0)
-    return runner, next(address[1] for address in runner.addresses if len(address) == 2)
-
-
-async def test_a_connection_on_which_nothing_comes_is_closed(monkeypatch):
-    monkeypatch.setattr(endpoint, "IDLE_SECONDS", 0.1)
-    app = web.Application()
-    runner, port = await _served(app)
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    async with asyncio.timeout(DEADLINE):
-        with contextlib.suppress(ConnectionError):
-            assert await reader.read() == b""
-    writer.close()
-    await runner.cleanup()
-
-
-class Idle:
-    """A connection as the guard sees it."""
-
-    def __init__(self) -> None:
-        self.closed = False
-        self.transport = self
-
-    def abort(self) -> None:
-        self.closed = True
-
-
-def test_of_too_many_connections_the_oldest_idle_ones_are_closed(monkeypatch):
-    monkeypatch.setattr(endpoint, "MOST_CONNECTIONS", 2)
-    guard, connections = Guard(), [Idle() for _ in range(2)]
-    guard.close_idle(connections, now=100)
-    connections += [Idle(), Idle()]
-    guard._busy.add(connections[0])
-    guard.close_idle(connections, now=101)
-    assert [found.closed for found in connections] == [False, True, True, False]
-
-
 # ---------------------------------------------------------------- two replicas
 
 
 @pytest.fixture
-async def replicas(worker, tmp_path):
+async def replicas(worker, certificate, tmp_path):
     """(standby, leader's taken reports, what the standby is told): two endpoints, the leader behind TLS."""
     files = certificate(tmp_path)
     taken: list[object] = []
@@ -376,7 +308,7 @@ async def test_a_report_is_handed_over_once_at_most(replicas):
     assert (answer.status, await answer.text()) == (503, "this replica does not lead")
 
 
-async def test_tokens_are_not_given_to_somebody_with_another_certificate(replicas, tmp_path):
+async def test_tokens_are_not_given_to_somebody_with_another_certificate(replicas, certificate, tmp_path):
     """The address stands in the Lease; whoever could write there must not get the workers' tokens."""
     (tmp_path / "other").mkdir()
     impostor = await serve(web.Application(), 0, server_context(*certificate(tmp_path / "other", "elsewhere")))
@@ -384,133 +316,3 @@ async def test_tokens_are_not_given_to_somebody_with_another_certificate(replica
     replicas.state["address"] = f"127.0.0.1:{port}"
     assert (await post(replicas))[0] == 503
     await impostor.cleanup()
-
-
-# ---------------------------------------------------------------- TLS
-
-
-def certificate(folder, name: str = "localhost", serial: int = 1):
-    """A self-signed certificate in two files."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-    start = dt.datetime.now(dt.UTC)
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(serial)
-        .not_valid_before(start - dt.timedelta(minutes=1))
-        .not_valid_after(start + dt.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    (folder / "tls.crt").write_bytes(made.public_bytes(pem))
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "tls.key").write_bytes(private)
-    return folder / "tls.crt", folder / "tls.key"
-
-
-@pytest.fixture
-async def secure(tmp_path):
-    """serve() with TLS on a free port: (port, certificate file, key file, context)."""
-    files = certificate(tmp_path)
-    context = server_context(*files)
-    app = web.Application()
-    app.router.add_get("/", _hello)
-    runner = await serve(app, 0, context)
-    # Port 0 is another free port for IPv4 than for IPv6; only the first has addresses of two parts.
-    port = next(address[1] for address in runner.addresses if len(address) == 2)
-    yield port, *files, context
-    await runner.cleanup()
-
-
-async def _hello(_: web.Request) -> web.Response:
-    return web.Response(text="hello")
-
-
-async def get(port: int, trusted) -> str:
-    context = ssl.create_default_context(cafile=trusted)
-    async with aiohttp.ClientSession() as session, session.get(f"https://localhost:{port}/", ssl=context) as answer:
-        return await answer.text()
-
-
-async def test_the_endpoint_shows_the_mounted_certificate(secure):
-    port, file, *_ = secure
-    assert await get(port, file) == "hello"
-
-
-async def test_the_endpoint_speaks_no_old_tls(secure):
-    *_, context = secure
-    assert context.minimum_version == ssl.TLSVersion.TLSv1_2
-
-
-async def test_a_renewed_certificate_is_used_for_new_connections(secure, monkeypatch):
-    """Secrets are renewed in place: a restart for it would cut running trainings off."""
-    port, file, key, context = secure
-    monkeypatch.setattr(endpoint, "RELOAD_SECONDS", 0.01)
-    task = asyncio.create_task(keep_certificate_fresh(context, file, key))
-    await asyncio.sleep(0)
-    certificate(file.parent, serial=2)
-    async with asyncio.timeout(DEADLINE):
-        while True:
-            try:
-                assert await get(port, file) == "hello"
-                break
-            except aiohttp.ClientConnectorCertificateError:
-                await asyncio.sleep(0.01)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-async def test_a_broken_renewal_keeps_the_old_certificate(secure, monkeypatch, caplog, tmp_path_factory):
-    port, file, key, context = secure
-    trusted = tmp_path_factory.mktemp("old") / "ca.crt"
-    trusted.write_bytes(file.read_bytes())
-    monkeypatch.setattr(endpoint, "RELOAD_SECONDS", 0.01)
-    task = asyncio.create_task(keep_certificate_fresh(context, file, key))
-    await asyncio.sleep(0)
-    file.write_text("half a file")
-    async with asyncio.timeout(DEADLINE):
-        while "cannot load the renewed certificate" not in caplog.text:
-            await asyncio.sleep(0.01)
-    assert await get(port, trusted) == "hello"
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-
-
-# ---------------------------------------------------------------- health and metrics
-
-
-@pytest.fixture
-async def health():
-    """The health endpoint; `wrong` decides."""
-    wrong = {"alive": None, "ready": "the caches are being filled"}
-    metrics = Metrics()
-    app = health_app(metrics, lambda: wrong["alive"], lambda: wrong["ready"])
-    async with TestClient(TestServer(app)) as client:
-        client.wrong, client.metrics = wrong, metrics
-        yield client
-
-
-async def test_the_operator_is_alive_before_it_is_ready(health):
-    assert (await health.get("/healthz")).status == 200
-    refused = await health.get("/readyz")
-    assert (refused.status, await refused.text()) == (503, "the caches are being filled")
-    health.wrong["ready"] = None
-    assert (await health.get("/readyz")).status == 200
-
-
-async def test_an_operator_that_should_be_started_anew_says_why(health):
-    health.wrong["alive"] = "a reconcile has been under way for 400 s"
-    refused = await health.get("/healthz")
-    assert (refused.status, await refused.text()) == (503, "a reconcile has been under way for 400 s")
-
-
-async def test_metrics_are_served_as_text(health):
-    health.metrics.count_jobs([("Running", "Running")])
-    answer = await health.get("/metrics")
-    assert answer.headers["Content-Type"].startswith("text/plain")
-    assert 'kubetune_jobs{reason="Running",state="Running"} 1.0' in await answer.text()

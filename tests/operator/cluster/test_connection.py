@@ -1,24 +1,19 @@
 """Requests: counted, fenced, made again when the server is too busy, under a token that is rotated."""
 
 import datetime as dt
-import ipaddress
-import ssl
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 from kubernetes.aio import client as kubernetes
 from kubernetes.aio.config import incluster_config
 
 from kubetune_operator import connection as module
 from kubetune_operator.cluster import LeaseObject
 from kubetune_operator.connection import Call, Connection, meaning_of, throttle
+from kubetune_operator.endpoint import server_context
 from kubetune_operator.errors import ApiError, Deposed, Unreachable
 
 JOB = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "bot-a1", "namespace": "team"}}
@@ -173,32 +168,7 @@ async def test_an_answer_is_a_sign_of_life_and_an_outage_is_none(connection, ser
 # ---------------------------------------------------------------- the pod's account
 
 
-def certificate(folder):
-    """A self-signed certificate for 127.0.0.1 in two files."""
-    key, name = ec.generate_private_key(ec.SECP256R1()), x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "api")])
-    now, own = dt.datetime.now(dt.UTC), ipaddress.ip_address("127.0.0.1")
-    made = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(now - dt.timedelta(minutes=1))
-        .not_valid_after(now + dt.timedelta(hours=1))
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(own)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
-        .sign(key, hashes.SHA256())
-    )
-    pem = serialization.Encoding.PEM
-    private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (folder / "ca.crt").write_bytes(made.public_bytes(pem))
-    (folder / "tls.key").write_bytes(private)
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "ca.crt", folder / "tls.key")
-    return context
-
-
-async def test_a_rotated_token_is_used_within_a_minute(tmp_path, monkeypatch):
+async def test_a_rotated_token_is_used_within_a_minute(certificate, tmp_path, monkeypatch):
     """Tokens of pods live for an hour; the kubelet writes a new one in time."""
     seen: list[Any] = []
 
@@ -210,8 +180,8 @@ async def test_a_rotated_token_is_used_within_a_minute(tmp_path, monkeypatch):
     stub = SimpleNamespace(datetime=SimpleNamespace(now=lambda: clock[0]), timedelta=dt.timedelta)
     monkeypatch.setattr(incluster_config, "datetime", stub)
     monkeypatch.setattr(incluster_config, "SERVICE_TOKEN_FILENAME", str(tmp_path / "token"))
-    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "ca.crt"))
-    context = certificate(tmp_path)
+    monkeypatch.setattr(incluster_config, "SERVICE_CERT_FILENAME", str(tmp_path / "tls.crt"))
+    context = server_context(*certificate(tmp_path))
     (tmp_path / "token").write_text("first")
     app = web.Application()
     app.router.add_get("/{path:.*}", answer)

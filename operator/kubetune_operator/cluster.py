@@ -185,7 +185,13 @@ class Cluster:
             else:
                 self._saw(kind, answer)
                 return
-        self._saw(kind, await self.connection.apply(path, manifest, manager))
+        try:
+            self._saw(kind, await self.connection.apply(path, manifest, manager))
+        except ApiError as error:
+            if error.status != 422:
+                raise
+            # What is to be joined is gone: without a spec, an apply makes no new one.
+            raise ApiError(409, f"{kind} {metadata['name']} was deleted while it was looked at") from error
 
     async def stop(self, namespace: str, name: str, uid: str) -> None:
         """End the running pods of a child Job, if it is still the one with that uid; its ended pods stay."""

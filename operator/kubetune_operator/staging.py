@@ -22,14 +22,16 @@ from kubetune_operator.diagnosis import (
     is_live,
     is_ready,
     last_word,
+    moment,
 )
 from kubetune_operator.names import stage_name
 from kubetune_operator.obstacles import Obstacle
 from kubetune_operator.queueing import is_held, told
 from kubetune_operator.stagers import stage_adoption, stage_job
-from kubetune_operator.status import STAGING, counted, readable_bytes
+from kubetune_operator.status import STAGING, counted, find, readable_bytes
 
 STARTING: Final = ": the staging pod is starting"
+AFTER_ANOTHER: Final = ", after an earlier staging is removed"
 _SHORT_COMMIT: Final = 12
 
 
@@ -108,7 +110,12 @@ def _step(turn: Decision, content: Content) -> Step:
     view = turn.observed.stages.get(stage_name(turn.job.spec, content))
     if view is None:
         return _start(turn, content)
-    if is_deleting(view.job) or (_is_over(view.job) and not owns(turn.job, view.job)):
+    stale = _is_over(view.job) and not owns(turn.job, view.job) and not _ended_while_we_waited(turn, view.job)
+    if stale and view.shared:
+        # Those who joined it have yet to read what it says: else many jobs start each other's staging over for ever.
+        turn.look_again(1)
+        return Step(f"{_what(turn.job, content)}{AFTER_ANOTHER}")
+    if is_deleting(view.job) or stale:
         return _start_over(turn, content, view.job)
     if condition(view.job, "Complete") is not None:
         return _complete(turn, content, view)
@@ -124,11 +131,19 @@ def _start(turn: Decision, content: Content) -> Step:
     return Step(f"{_what(turn.job, content)}{STARTING}", created=True, waits=True)
 
 
+def _ended_while_we_waited(turn: Decision, child: Manifest) -> bool:
+    """Whether a Job that we had not joined yet ended after we had come: what it says is as new as we need it."""
+    waits = find(turn.job.status, "Staged")
+    failed = ending_condition(child)
+    ended = moment(failed.get("lastTransitionTime") if failed else child.get("status", {}).get("completionTime"))
+    return waits is not None and ended is not None and ended >= waits.last_transition_time
+
+
 def _start_over(turn: Decision, content: Content, child: Manifest) -> Step:
-    """A Job that ended before we joined it says nothing about today's volume: remove it, then create it anew."""
+    """A Job that ended before we came says nothing about today's volume: remove it, then create it anew."""
     turn.delete(child)
     turn.look_again(1)
-    return Step(f"{_what(turn.job, content)}, after an earlier staging is removed")
+    return Step(f"{_what(turn.job, content)}{AFTER_ANOTHER}")
 
 
 def _complete(turn: Decision, content: Content, view: StageView) -> Step:

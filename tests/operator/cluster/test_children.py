@@ -285,6 +285,14 @@ async def test_removing_what_is_gone_is_done(cluster, server, job):
     assert server.requests == [("GET", SERVICE)]
 
 
+async def test_joining_what_has_just_gone_is_tried_again(cluster, server, job):
+    """The server takes the apply for a creation without a template: that is no fault of the user's."""
+    server.answers = [refused(422, "spec.template.spec.containers: Required value")]
+    joined = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "s", "namespace": "team"}}
+    with pytest.raises(ApiError, match="409: Job s was deleted while it was looked at"):
+        await cluster.share(joined, "manager")
+
+
 async def test_suspending_names_the_uid(cluster, server, job, settings):
     """A Job of the same name that came later must not be suspended."""
     server.put(f"{JOBS}/bot-a1", build.worker_job(job(), 1, settings))

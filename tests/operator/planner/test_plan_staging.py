@@ -3,6 +3,7 @@
 from datetime import timedelta
 
 import pytest
+from tests.operator.planner.conftest import stamp
 
 from kubetune_contract.progress import TerminationMessage
 from kubetune_operator.errors import InvalidJob
@@ -187,6 +188,26 @@ def test_a_try_that_failed_is_told_while_the_job_tries_again(world, told):
 
 
 # ---------------------------------------------------------------- its end
+
+
+def test_a_staging_that_ended_after_the_job_came_is_taken_as_it_is(world, done, complete, kinds):
+    """The join was late, on a busy API server: what the Job says is as new as a second one would be."""
+    world.with_condition("Staged", "False", "Staging").staging(complete, owned=False)
+    world.stage["status"]["completionTime"] = stamp(world.now)
+    world.stage_pod("Succeeded", state=world.make.terminated(0, message=done))
+    decided = world.plan()
+    assert decided.delete == []
+    assert kinds(decided)[-1] == "Job/bot-a1"
+
+
+def test_an_old_staging_is_not_removed_before_those_who_joined_it_have_read_it(world, done, complete):
+    world.with_condition("Staged", "False", "Staging").staging(complete, owned=False)
+    world.stage["status"]["completionTime"] = stamp(world.now - timedelta(seconds=60))
+    world.stage_pod("Succeeded", state=world.make.terminated(0, message=done))
+    world.stage_shared = True
+    assert (world.plan().delete, world.plan().status.staged) == ([], None)
+    world.stage_shared = False
+    assert [item.name for item in world.plan().delete] == [world.stage["metadata"]["name"]]
 
 
 def test_a_complete_staging_is_told_and_the_workers_are_created_at_once(world, done, complete, told, kinds):

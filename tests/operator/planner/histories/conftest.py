@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from kubetune_contract.progress import ProgressReport, TerminationMessage
+from kubetune_contract.progress import CheckpointStatus, ProgressReport, TerminationMessage
 from kubetune_operator import api
 from kubetune_operator.decision import StageView
 from kubetune_operator.diagnosis import condition, ending_condition, is_live
@@ -18,7 +18,9 @@ Object = dict[str, Any]
 
 SETTINGS = Settings(trainer_image="trainer", namespace="kubetune", restart_backoff_seconds=10)
 START = datetime(2030, 1, 1, tzinfo=UTC)
-SAVED = TerminationMessage(reason="Saved", message="saved").to_json()
+OLD = CheckpointStatus(step=0, path="step-0", time=START)
+SAVED = TerminationMessage(reason="Saved", message="saved", checkpoint=OLD).to_json()
+"""The last word of a worker that knows of no newer checkpoint than the first."""
 
 
 def stamp(moment: datetime) -> str:

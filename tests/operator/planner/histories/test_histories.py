@@ -39,13 +39,13 @@ DONE = TerminationMessage(reason="Done", message="done", result=Result(steps=50,
 SPECS = st.fixed_dictionaries(
     {
         "failurePolicy": st.fixed_dictionaries(
-            {"maxRestarts": st.integers(0, 3)}, optional={"startupDeadlineSeconds": st.just(700)}
+            {"maxRestarts": st.integers(0, 3)}, optional={"startupDeadlineSeconds": st.sampled_from([50, 700])}
         )
     },
     optional={
         "cleanPodPolicy": st.sampled_from(["Running", "All", "None"]),
         "ttlSecondsAfterFinished": st.sampled_from([0, 100]),
-        "activeDeadlineSeconds": st.just(1500),
+        "activeDeadlineSeconds": st.sampled_from([100, 1500]),
         "queue": st.just({"name": "team"}),
     },
 )
@@ -298,7 +298,7 @@ class History(RuleBasedStateMachine):
         for pod in self._pods(phase="Pending"):
             self.cluster.run(pod)
         if all(pod["status"]["phase"] != "Pending" for pod in self._pods()):
-            for pod in self._pods(phase="Running"):
+            for pod in [] if self.ended else self._pods(phase="Running"):  # after the end the operator frees them
                 stage = pod["metadata"]["labels"]["kubetune.io/role"] == "stage"
                 self.cluster.end(pod, 0, STAGED if stage else DONE)
 

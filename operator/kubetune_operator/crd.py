@@ -163,9 +163,11 @@ def _without_description(schema: Schema) -> Schema:
 
 
 def _nested(raw: Schema, model: type[BaseModel], part: Part) -> Schema:
-    if raw.get("type") != "array":
+    array = next((branch for branch in raw.get("anyOf", [raw]) if branch.get("type") == "array"), None)
+    if array is None:
         return object_schema(model, part)
-    return {**structural({**raw, "items": {}}), "items": object_schema(model, part)}
+    around = {key: value for key, value in raw.items() if key != "anyOf"}  # of a list that may be absent
+    return {**structural({**around, **array, "items": {}}), "items": object_schema(model, part)}
 
 
 def structural(raw: Schema) -> Schema:

@@ -324,6 +324,13 @@ def test_an_optional_value_is_its_plain_type():
     assert maybe == {"description": "A number or nothing.", "type": "integer", "minimum": 1}
 
 
+def test_a_list_that_may_be_absent_is_a_list():
+    """The API server refuses every status of a job that has one where the schema says object."""
+    schema = crd.object_schema(api.FineTuneJobStatus, crd.Part.STATUS)["properties"]["stagedData"]
+    assert (schema["type"], schema["items"]["type"]) == ("array", "object")
+    assert schema["x-kubernetes-list-map-keys"] == ["path"]
+
+
 def test_a_union_of_two_types_is_a_mistake_of_ours():
     with pytest.raises(AssertionError, match="no unions"):
         crd.structural({"anyOf": [{"type": "integer"}, {"type": "array"}]})

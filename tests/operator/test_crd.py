@@ -21,7 +21,7 @@ from kubetune_contract.config import (
 )
 from kubetune_contract.dataset import PromptTemplate
 from kubetune_contract.presets import preset_names
-from kubetune_operator import changes, crd, names, sources, workers
+from kubetune_operator import api, changes, crd, names, sources, workers
 
 Schema = dict[str, Any]
 

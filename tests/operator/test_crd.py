@@ -152,6 +152,13 @@ def test_an_amount_is_a_number_or_a_text():
     }
 
 
+def test_an_optional_list_is_a_list():
+    """Its items are merged by their path."""
+    found = NODES[".status.stagedData"]
+    assert (found["type"], found["items"]["type"]) == ("array", "object")
+    assert (found["x-kubernetes-list-type"], found["x-kubernetes-list-map-keys"]) == ("map", ["path"])
+
+
 REQUIRED = {
     "": ["spec"],
     ".spec": ["model", "dataset", "storage"],

@@ -14,9 +14,10 @@ VARIABLE = (
     (re.compile(r"-[0-9a-f]{8}(?=[/\s.:\"]|$)"), "-*uid*"),
     (re.compile(r"(kubetune-stage)-[0-9a-f]{10}"), r"\1-*hash*"),
     (re.compile(r"(-a\d+-\d+)-[a-z0-9]{5}\b"), r"\1-*pod*"),
+    (re.compile(r"\b127\.0\.0\.1:\d+/"), "*registry*/"),
     (re.compile(r"\s+"), " "),
 )
-"""What is another in each run, and the line breaks that a table cannot have."""
+"""What is another in each run or cluster, and the line breaks that a table cannot have."""
 
 HEAD = """\
 # Drills

@@ -36,6 +36,10 @@ LINES = {
         row("Attempt 2 starts at 10:02:40 UTC; see bot-1a2b3c4d/adapter and pod bot-a1-0-x7z2p\nLast lines"),
         "Attempt 2 starts at *time*; see bot-*uid*/adapter and pod bot-a1-0-*pod* Last lines",
     ),
+    "an image is named without its registry": (
+        row("cannot pull image 127.0.0.1:5000/kubetune-trainer:x"),
+        "cannot pull image *registry*/kubetune-trainer:x",
+    ),
     "a long message is cut at a word": (row("word " * 100), f"{'word ' * 34}..."),
     "a refusal begins with the server's words": (
         row("`kubectl apply --filename -` ended with 1:\nError from server: no", refused=True),

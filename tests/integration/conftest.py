@@ -70,7 +70,9 @@ def crd(kubectl: Command) -> str:
     applied = kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=kubetune-tests", "-f", folder)
     assert applied.returncode == 0, applied.stderr
     name = f"{api.PLURAL}.{api.GROUP}"
-    ready = kubectl("wait", "--for=condition=Established", f"crd/{name}", "--timeout=30s")
+    # Not --for=condition: kubectl fails where the object has no conditions yet.
+    established = "jsonpath={.status.conditions[?(@.type=='Established')].status}=True"
+    ready = kubectl("wait", f"--for={established}", f"crd/{name}", "--timeout=30s")
     assert ready.returncode == 0, ready.stderr
     return name
 

@@ -229,6 +229,10 @@ def _say_running(turn: Decision, pods: list[Manifest]) -> None:
         reason, message = turn.disruption(evicted)
         turn.condition("Running", True, reason, message, event="Warning")
         return
+    if nodes > 1 and turn.status.last_step_time is None and turn.settings.progress_url is not None:
+        # Until the first report the workers may still be looking for each other by the Service's names.
+        turn.trust(STARTING_SECONDS)
+        turn.look_again(STARTING_SECONDS)
     done = sum(pod.get("status", {}).get("phase") == "Succeeded" for pod in pods)
     running = f"{sum(is_ready(pod) for pod in pods)} of {counted(nodes, 'worker')}"
     message = f"Attempt {attempt}: {running} running" + (f", {done} done." if done else ".")

@@ -178,7 +178,8 @@ def _failed(turn: Decision, content: Content, view: StageView) -> Step:
 
 def _follow(turn: Decision, content: Content, view: StageView) -> Step:
     turn.suspend(view.job, suspended=False)
-    if not owns(turn.job, view.job):
+    if not owns(turn.job, view.job) and condition(view.job, "SuccessCriteriaMet") is None:
+        # Not any more when its pod has succeeded: each joining makes the Job controller's own last write a conflict.
         turn.apply(stage_adoption(turn.job, content))
     up, what = any(is_ready(pod) for pod in view.pods), _what(turn.job, content)
     lost = turn.lost(list(view.pods))

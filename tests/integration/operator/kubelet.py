@@ -166,11 +166,11 @@ class Witness:
     def _take(self, kind: str, job: Object) -> None:
         metadata = job["metadata"]
         self.uids[metadata["name"]].add(metadata["uid"])
-        if len(self.uids[metadata["name"]]) > 1:
-            self.problems.append(f"Job {metadata['name']} was made twice")
         owner = metadata["labels"].get("kubetune.io/job")
         if owner is None:
-            return
+            return  # a staging Job is made again for those who come when it is over
+        if len(self.uids[metadata["name"]]) > 1:
+            self.problems.append(f"Job {metadata['name']} was made twice")
         over = {item["type"] for item in job.get("status", {}).get("conditions") or [] if item["status"] == "True"}
         ended = kind == "DELETED" or "deletionTimestamp" in metadata or over & {"Complete", "Failed", "FailureTarget"}
         (self._alive[owner].discard if ended else self._alive[owner].add)(metadata["name"])

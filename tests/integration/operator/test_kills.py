@@ -104,7 +104,10 @@ def test_no_job_is_lost_or_doubled_while_the_operator_is_killed(drill, kube, rec
         witness.stop()
         api.close()
     seconds = time.monotonic() - started
-    print(f"{seconds:.0f} s, deaths: {dict(killer.deaths)}, writes: {drill.proxy.counted().total()}")
+    stagings = sum(len(uids) for name, uids in witness.uids.items() if name.startswith("kubetune-stage"))
+    print(
+        f"{seconds:.0f} s, deaths: {dict(killer.deaths)}, writes: {drill.proxy.counted().total()}, stagings: {stagings}"
+    )
     assert {name: _end(body) for name, body in found.items()} == {name: end for name, (_, end) in fates.items()}
     assert (kubelet.problems, witness.problems) == ([], [])
     attempts = {f"{name}-a{number + 1}" for name, (fate, _) in fates.items() for number in range(len(fate))}

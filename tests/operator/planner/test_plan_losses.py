@@ -187,8 +187,14 @@ def test_while_pods_start_both_are_looked_at_often(world):
     assert (decided.trusted_seconds, decided.requeue_after) == (10, 10)
 
 
-def test_while_workers_run_both_are_looked_at_seldom(world):
-    assert running(world).plan().trusted_seconds == TRUSTED_SECONDS
+def test_until_the_first_report_both_are_looked_at_often(world):
+    """Workers that run may still be looking for each other."""
+    decided = world.running().plan()
+    assert (decided.trusted_seconds, decided.requeue_after) == (10, 10)
+
+
+def test_while_workers_train_both_are_looked_at_seldom(world):
+    assert world.running().reports(5).next().plan().trusted_seconds == TRUSTED_SECONDS
 
 
 # ---------------------------------------------------------------- names of somebody else

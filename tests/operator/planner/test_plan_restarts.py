@@ -101,7 +101,8 @@ def test_an_attempt_with_lost_pods_is_judged_when_their_grace_is_over(world, tol
 
 def test_a_pod_that_nobody_ends_ends_its_attempt_when_the_grace_is_over(world, told):
     """Its Job waits for it for ever, and its peers with it."""
-    world.running().deleted(1)
+    world.running().reports(5).next()
+    world.deleted(1)
     assert world.plan().status.attempt == 1
     assert world.plan().requeue_after == 180
     decided = world.later(180).plan()

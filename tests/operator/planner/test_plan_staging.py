@@ -134,6 +134,12 @@ def test_another_jobs_staging_is_joined(world):
     assert "spec" not in decided.apply[0]
 
 
+def test_a_staging_whose_pod_has_succeeded_is_not_joined_any_more(world):
+    """The Job controller is about to write its end: each change of the Job meanwhile makes it try again later."""
+    met = world.make.condition("SuccessCriteriaMet", "True", "CompletionsReached")
+    assert world.staging(met, owned=False).plan().apply == []
+
+
 def test_the_staging_pod_that_cannot_be_scheduled_is_told_in_the_schedulers_words(world, told):
     words = world.make.condition("PodScheduled", "False", "Unschedulable", "0/1 nodes are available: 1 Too many pods.")
     decided = world.staging().stage_pod("Pending", conditions=(words,)).plan()

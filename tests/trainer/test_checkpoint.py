@@ -20,11 +20,11 @@ from kubetune_trainer import checkpoint
 from kubetune_trainer.checkpoint import (
     Checkpointer,
     WorldSizeError,
-    as_output_error,
     is_complete,
     status_of,
 )
 from kubetune_trainer.distributed import World, full_tensor, local_rows
+from kubetune_trainer.failures import as_output_error
 from kubetune_trainer.hub import WeightReader
 from kubetune_trainer.model import Llama
 from kubetune_trainer.optim import make_optimizer

@@ -9,8 +9,9 @@ import pytest
 
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import claim as claims
-from kubetune_trainer.checkpoint import OutputError, write_file
+from kubetune_trainer.checkpoint import write_file
 from kubetune_trainer.claim import OtherRunError, claim, differences, digest_files
+from kubetune_trainer.failures import OutputError
 
 RUN = {"method": "LoRA", "training": {"seed": 1, "epochs": 2}}
 OTHER = {"method": "LoRA", "training": {"seed": 2, "epochs": 3}}

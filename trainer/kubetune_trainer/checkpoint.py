@@ -5,11 +5,9 @@ values; the frozen weights are the base model's. It is written under a temporary
 manifest with the size of every file, and renamed: a kill at any moment leaves a whole checkpoint or none.
 """
 
-import errno
 import io
 import json
 import os
-import re
 import shutil
 import threading
 import warnings
@@ -30,50 +28,12 @@ from kubetune_trainer.shards import sync
 
 MANIFEST_FILE: Final = "manifest.json"
 _PARTIAL: Final = ".partial-"
-_RUST: Final = re.compile(r"\(os error (\d+)\)")
-_NOT_WRITABLE: Final = frozenset(
-    {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EEXIST}
-)
-
-
-class OutputError(JobError):
-    """The output folder cannot be written."""
-
-    exit_code = ExitCode.OUTPUT_NOT_WRITABLE
-
-
-class OutputFullError(OutputError):
-    """The volume of the output folder has no space left."""
-
-    exit_code = ExitCode.STORAGE_FULL
 
 
 class WorldSizeError(JobError):
     """The optimizer's state fits only the number of processes that has saved it."""
 
     exit_code = ExitCode.INVALID_CONFIG
-
-
-def as_output_error(error: BaseException, folder: Path) -> OutputError | None:
-    """The error as the user's, where it says that files cannot be written."""
-    number, where = _errno_of(error), getattr(error, "filename", None) or folder
-    if number not in _NOT_WRITABLE:
-        return None
-    place = f"{where} cannot be written: {getattr(error, 'strerror', None) or os.strerror(number)}"
-    if number in (errno.ENOSPC, errno.EDQUOT):
-        return OutputFullError(
-            f"{place}; free some space on that volume or enlarge it, or lower "
-            "checkpoint.keep. The checkpoints that are there are whole"
-        )
-    return OutputError(f"{place}; give user {os.getuid()} the right to write there, or choose another volume or folder")
-
-
-def _errno_of(error: BaseException) -> int | None:
-    """The system's number of the error. safetensors, which is written in Rust, has it in its words alone."""
-    if isinstance(error, OSError):
-        return error.errno
-    found = _RUST.search(str(error))
-    return int(found[1]) if found else None
 
 
 class Checkpointer:

@@ -9,7 +9,8 @@ from typing import Any, Final
 
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.paths import CHECKPOINTS_DIR, METRICS_FILE, RESULT_FILE, SAMPLES_FILE
-from kubetune_trainer.checkpoint import as_output_error, is_complete, write_file
+from kubetune_trainer.checkpoint import is_complete, write_file
+from kubetune_trainer.failures import as_output_error
 
 IDENTITY_FILE: Final = "identity.json"
 """In the output folder: what decides the run."""

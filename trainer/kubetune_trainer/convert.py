@@ -12,8 +12,8 @@ from torch import Tensor
 from kubetune_contract.errors import ConfigError
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer.adapter import Adapter, MergedReader
-from kubetune_trainer.checkpoint import as_output_error
 from kubetune_trainer.distributed import World
+from kubetune_trainer.failures import as_output_error
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.quant import BLOCK, NF4Linear, fill, packed
 from kubetune_trainer.shards import Group, ShardWriter, Spec, finished_folder, write_companions

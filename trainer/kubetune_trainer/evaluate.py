@@ -11,8 +11,9 @@ from kubetune_contract.dataset import DatasetConfig
 from kubetune_contract.exit_codes import ExitCode
 from kubetune_trainer import harness
 from kubetune_trainer.cache import cache_folder
-from kubetune_trainer.checkpoint import as_output_error, write_file
+from kubetune_trainer.checkpoint import write_file
 from kubetune_trainer.data import arrange, describe, load_parts, load_questions
+from kubetune_trainer.failures import as_output_error
 from kubetune_trainer.formats import Question
 from kubetune_trainer.inference import Speaker, load
 from kubetune_trainer.loop import measure

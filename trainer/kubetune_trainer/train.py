@@ -13,8 +13,8 @@ import yaml
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.dataset import DatasetConfig, MixedDataset
-from kubetune_contract.exit_codes import ExitCode, JobError
-from kubetune_contract.fit import NoMemoryError, check_memory, relief
+from kubetune_contract.exit_codes import ExitCode
+from kubetune_contract.fit import check_memory
 from kubetune_contract.paths import (
     ADAPTER_DIR,
     CONFIG_FILE,
@@ -27,11 +27,12 @@ from kubetune_contract.paths import (
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import distributed
 from kubetune_trainer.cache import cache_folder
-from kubetune_trainer.checkpoint import Checkpointer, as_output_error, status_of, write_file
+from kubetune_trainer.checkpoint import Checkpointer, status_of, write_file
 from kubetune_trainer.claim import claim, digest_files
 from kubetune_trainer.data import Dataset, describe, load_data, load_questions, validation_source
 from kubetune_trainer.distributed import SharedError, World, broadcast_object, together
 from kubetune_trainer.export import export_adapter, export_model
+from kubetune_trainer.failures import as_job_error, last_lines
 from kubetune_trainer.formats import Question
 from kubetune_trainer.hub import WeightReader, check_model
 from kubetune_trainer.loggers import check_loggers, make_loggers
@@ -50,9 +51,6 @@ from kubetune_trainer.tokenizer import Tokenizer
 
 _PRECISIONS: Final = {torch.bfloat16: "BF16", torch.float32: "FP32"}
 
-_NO_MEMORY: Final = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate")
-_LOG_LINES: Final = 12
-"""Last lines of a traceback that the operator is told."""
 _MAY_CHANGE: Final = frozenset({"activation_checkpointing", "compile", "cpu_offload", "sharding"})
 """Fields of training that trade memory for time: a later attempt may set them otherwise."""
 
@@ -366,43 +364,14 @@ def _story(result: Result) -> str:
 
 def _tell_failure(error: Exception, config: RunConfig) -> int:
     """To people on stderr, to the operator in the termination message. Returns the exit code."""
-    known, log = _as_job_error(error, config), None
+    known, log = as_job_error(error, config), None
     rank = os.environ.get("RANK", "0")
     if known.exit_code == ExitCode.CRASH:
         traceback.print_exception(error)
-        log = _last_lines(error)
+        log = last_lines(error)
     if rank == "0" or not isinstance(known, SharedError | SavedError):
         print(f"error: {known}" if rank == "0" else f"error on rank {rank}: {known}", file=sys.stderr, flush=True)
     checkpoint = known.status if isinstance(known, SavedError) else None
     word = TerminationMessage(reason=known.exit_code.reason, message=str(known), log=log, checkpoint=checkpoint)
     write_termination(word)
     return known.exit_code
-
-
-def _last_lines(error: Exception) -> str:
-    """Where it happened: the end of the traceback."""
-    lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-    return "\n".join(lines[-_LOG_LINES:])
-
-
-def _as_job_error(error: Exception, config: RunConfig) -> JobError:
-    if isinstance(error, JobError):
-        return error
-    if (refused := as_output_error(error, Path(config.output_dir))) is not None:
-        return refused
-    if distributed.is_peer_lost(error):
-        return distributed.PeerLostError(f"another worker is gone, its own log says why: {error}")
-    if _is_out_of_memory(error):
-        told = str(error).partition(" If reserved but unallocated")[0].rstrip(". ")
-        processes = int(os.environ.get("WORLD_SIZE", "1"))
-        return NoMemoryError(
-            f"the device's memory is too small: {told or type(error).__name__}: {relief(config, processes)}"
-        )
-    return JobError(f"{type(error).__name__}: {error}")
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Of a device or of the host. Only torch's allocator has a class of its own for it."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

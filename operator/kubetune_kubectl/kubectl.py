@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -221,7 +222,12 @@ class Documents:
 
 
 def as_error(stderr: str, code: int = 1) -> PluginError:
-    """The error that kubectl's words stand for, with a remedy. `code` is negative where a signal ended it."""
+    """The error that kubectl's words stand for, with a remedy. `code` is negative where a signal ended it.
+
+    Raises KeyboardInterrupt where that was Ctrl-C: a terminal sends it to us and to kubectl, in any order.
+    """
+    if code == -signal.SIGINT:
+        raise KeyboardInterrupt
     lines = [line for line in stderr.strip().splitlines() if not _NOISE.match(line)]
     words = "\n".join(lines) or stderr.strip() or "kubectl failed without a word"
     plain = _PREFIX.sub("", words, count=1) or words

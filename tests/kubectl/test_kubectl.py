@@ -105,6 +105,11 @@ def test_a_kubectl_that_was_killed_may_be_asked_again():
     assert str(error) == "kubectl was ended by signal 9"
 
 
+def test_a_kubectl_that_ctrl_c_has_reached_first_is_an_interruption():
+    with pytest.raises(KeyboardInterrupt):
+        as_error("", -2)
+
+
 def test_documents_are_given_as_soon_as_they_are_complete_wherever_the_bytes_are_cut():
     text = events(("ADDED", {"a": "ü"}), ("MODIFIED", {"b": [1, 2]})).encode()
     for cut in range(len(text) + 1):

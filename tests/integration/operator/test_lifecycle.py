@@ -53,10 +53,10 @@ def test_nothing_is_written_while_nothing_happens(drill):
     drill = drill(resync_seconds="1")
     drill.running()
     before = drill.operator.metric("kubetune_status_writes_total")
-    looked = drill.operator.metric("kubetune_reconcile_seconds_count")
+    looked = drill.operator.metric("kubetune_reconcile_duration_seconds_count")
     version = json.loads(drill.kubectl("get", "finetunejob", "job", "-o", "json"))["metadata"]["resourceVersion"]
     deadline = time.monotonic() + 60
-    while drill.operator.metric("kubetune_reconcile_seconds_count") < looked + 3:
+    while drill.operator.metric("kubetune_reconcile_duration_seconds_count") < looked + 3:
         assert time.monotonic() < deadline
         time.sleep(0.2)
     assert drill.operator.metric("kubetune_status_writes_total") == before

@@ -1,6 +1,5 @@
 """kubectl and helm on the demo's cluster: the embedded one, or the one that KUBE_CONTEXT names."""
 
-import codecs
 import json
 import os
 import select
@@ -12,6 +11,8 @@ from subprocess import DEVNULL, PIPE
 from typing import IO, Any
 
 from cluster_tool import ClusterError, Layout, run, which
+
+from kubetune_kubectl.kubectl import Documents
 
 Object = dict[str, Any]
 Event = tuple[str, Object]
@@ -134,22 +135,3 @@ def events(pipe: IO[bytes]) -> Iterator[Event | None]:
             return
         for document in documents.feed(chunk):
             yield document["type"], document["object"]
-
-
-class Documents:
-    """Takes bytes as they come and gives the JSON documents that are complete."""
-
-    def __init__(self) -> None:
-        self.decode = codecs.getincrementaldecoder("utf-8")().decode
-        self.text = ""
-
-    def feed(self, chunk: bytes) -> Iterator[Object]:
-        """The documents that end in this chunk."""
-        self.text = (self.text + self.decode(chunk)).lstrip()
-        while self.text:
-            try:
-                document, end = json.JSONDecoder().raw_decode(self.text)
-            except ValueError:
-                return
-            yield document
-            self.text = self.text[end:].lstrip()

@@ -304,6 +304,20 @@ class FineTuneJob(NamedTuple):
     spec: FineTuneJobSpec
     status: FineTuneJobStatus
 
+    @classmethod
+    def of(cls, body: dict[str, Any], spec: FineTuneJobSpec) -> Self:
+        """The API object with its spec as it was read."""
+        metadata = body["metadata"]
+        return cls(
+            namespace=metadata["namespace"],
+            name=metadata["name"],
+            uid=metadata["uid"],
+            generation=metadata.get("generation", 1),
+            deleting="deletionTimestamp" in metadata,
+            spec=spec,
+            status=FineTuneJobStatus.model_validate(body.get("status") or {}),
+        )
+
     @property
     def key(self) -> str:
         """namespace/name."""
@@ -316,19 +330,10 @@ def parse(body: dict[str, Any]) -> FineTuneJob:
     Raises InvalidJob with every problem, spelt as in the manifest; UnknownFields where some are fields that we do not
     know: the API server lets none through that its CRD does not have.
     """
-    metadata = body["metadata"]
     try:
         spec = FineTuneJobSpec.model_validate(body.get("spec", {}))
     except ValidationError as error:
         unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors(include_url=False))
         kind = UnknownFields if unknown else InvalidJob
         raise kind(f"spec.{problem}" for problem in explain(error, FineTuneJobSpec, to_camel)) from error
-    return FineTuneJob(
-        namespace=metadata["namespace"],
-        name=metadata["name"],
-        uid=metadata["uid"],
-        generation=metadata.get("generation", 1),
-        deleting="deletionTimestamp" in metadata,
-        spec=spec,
-        status=FineTuneJobStatus.model_validate(body.get("status") or {}),
-    )
+    return FineTuneJob.of(body, spec)

@@ -14,9 +14,11 @@ from kubetune_operator.diagnosis import (
     condition,
     ended,
     ending_condition,
+    is_decided,
     is_deleting,
     is_live,
     is_lost,
+    is_over,
     is_ready,
     last_word,
 )
@@ -54,7 +56,7 @@ def train(turn: Decision, ca_pem: str) -> None:
         else:
             _wait_or_create(turn, ca_pem, blocked=child is not None)
         return
-    over = condition(child, "Complete") is not None or ending_condition(child) is not None
+    over = is_decided(child)
     if turn.job.spec.suspend and is_queued(child) and not over:
         leave(turn)
         return
@@ -150,8 +152,7 @@ def _still_there(turn: Decision) -> str | None:
         return counted(len(ending_pods), "worker pod")
     lost = {attempt_of(pod) for pod in live}
     for attempt, child in sorted(turn.observed.attempt_jobs.items()):
-        over = condition(child, "Failed") is not None or condition(child, "Complete") is not None
-        if attempt < turn.attempt and not over and attempt not in lost:
+        if attempt < turn.attempt and not is_over(child) and attempt not in lost:
             return f"Job {child['metadata']['name']}"
     return None
 
@@ -159,7 +160,7 @@ def _still_there(turn: Decision) -> str | None:
 def _tidy(turn: Decision) -> None:
     """Only the attempt before is kept, for its logs; an earlier one that is still active must not be."""
     for attempt, child in turn.observed.attempt_jobs.items():
-        active = condition(child, "Complete") is None and ending_condition(child) is None
+        active = not is_decided(child)
         if attempt < turn.attempt - 1 or (attempt < turn.attempt and active):
             turn.delete(child)
 

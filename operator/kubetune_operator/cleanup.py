@@ -7,7 +7,7 @@ from datetime import timedelta
 
 from kubetune_operator.attempts import workers_status
 from kubetune_operator.decision import Decision
-from kubetune_operator.diagnosis import Manifest, condition, ending_condition
+from kubetune_operator.diagnosis import Manifest, is_decided
 from kubetune_operator.names import config_map_name, service_name
 from kubetune_operator.status import seconds_of
 
@@ -17,7 +17,7 @@ def clean_up(turn: Decision) -> None:
     if turn.status.workers is not None and turn.status.workers.active:
         turn.set(workers=workers_status(turn))
     for child in turn.observed.attempt_jobs.values():
-        if condition(child, "Complete") is None and ending_condition(child) is None:
+        if not is_decided(child):
             _stop(turn, child)
     if turn.job.spec.clean_pod_policy == "All" and turn.status.clean_up_time is None:
         _remove_all(turn)
@@ -34,7 +34,7 @@ def _stop(turn: Decision, child: Manifest) -> None:
 
 def _remove_all(turn: Decision) -> None:
     for child in turn.observed.attempt_jobs.values():
-        if condition(child, "Complete") is not None or ending_condition(child) is not None:
+        if is_decided(child):
             turn.delete(child)
     turn.remove("ConfigMap", config_map_name(turn.job.name))
     turn.remove("Service", service_name(turn.job.name))

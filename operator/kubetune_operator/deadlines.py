@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from typing import Final
 
 from kubetune_operator.decision import Decision
-from kubetune_operator.diagnosis import Cause, Ending, Manifest, condition, ended, ending_condition, is_deleting
+from kubetune_operator.diagnosis import Cause, Ending, Manifest, ended, is_decided, is_deleting
 from kubetune_operator.status import active_seconds, clock_stopped, counted, find, is_finished, seconds_of
 from kubetune_operator.verdicts import end
 
@@ -117,4 +117,4 @@ def _child(turn: Decision) -> Manifest | None:
 
 
 def _is_over(child: Manifest | None) -> bool:
-    return child is not None and (condition(child, "Complete") is not None or ending_condition(child) is not None)
+    return child is not None and is_decided(child)

@@ -92,6 +92,16 @@ def ending_condition(job: Manifest) -> Manifest | None:
     return condition(job, "Failed") or condition(job, "FailureTarget")
 
 
+def is_decided(job: Manifest) -> bool:
+    """Whether the Job is complete, or fails or has failed: its end is certain."""
+    return condition(job, "Complete") is not None or ending_condition(job) is not None
+
+
+def is_over(job: Manifest) -> bool:
+    """Whether the Job is complete or has failed: none of its pods runs."""
+    return condition(job, "Complete") is not None or condition(job, "Failed") is not None
+
+
 def is_deleting(manifest: Manifest) -> bool:
     """Whether somebody asked for the object's deletion."""
     return "deletionTimestamp" in manifest["metadata"]

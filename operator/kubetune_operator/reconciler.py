@@ -75,7 +75,8 @@ class Reconciler:
             self._forget(key)
         if body is None:
             return None
-        await self._look_twice(body)
+        before = _status(body)
+        await self._look_twice(body, before)
         decided = self._plan(body)
         if await self._events.read(key, decided.inquiries):
             decided = self._plan(body)
@@ -93,16 +94,16 @@ class Reconciler:
                 raise  # to be tried again, ever more seldom
             self._refusals[key] = refusal(error.message)
             decided = self._plan(body)
-        wait = self._gathering.wait(key, _status(body), decided.status)
+        wait = self._gathering.wait(key, before, decided.status)
         if wait:
             return sooner(wait, sooner(decided.requeue_after, self._events.due(key)))
-        told = await self._tell(body, decided)
+        told = await self._tell(body, before, decided)
         # What a new status makes possible is planned from it; its event is no news, it was taken in already.
         return self._settings.debounce_seconds if told else sooner(decided.requeue_after, self._events.due(key))
 
-    async def _look_twice(self, body: Manifest) -> None:
+    async def _look_twice(self, body: Manifest, status: FineTuneJobStatus) -> None:
         """An attempt whose Job is gone is lost: not before the API server itself says that it is gone."""
-        status, metadata = _status(body), body["metadata"]
+        metadata = body["metadata"]
         if status.attempt_start_time is None or is_finished(status):
             return
         namespace, name = metadata["namespace"], job_name(metadata["name"], status.attempt)
@@ -193,10 +194,10 @@ class Reconciler:
             exactly = body["metadata"]["resourceVersion"] if deletion.kind == KIND else None
             await self._cluster.delete(deletion.kind, namespace, deletion.name, deletion.uid, exactly)
 
-    async def _tell(self, body: Manifest, decided: Plan) -> bool:
+    async def _tell(self, body: Manifest, before: FineTuneJobStatus, decided: Plan) -> bool:
         """Write the status and post the events that explain it, if it changed; whether it did."""
         key = key_of(body)
-        if decided.status == _status(body):
+        if decided.status == before:
             unposted = self._unposted.pop(key, None)
             if unposted is not None and unposted.status == decided.status:
                 await self._post(body, unposted)
@@ -212,9 +213,9 @@ class Reconciler:
             raise
         self._unposted.pop(key, None)
         self._metrics.status_writes.inc()
-        self._metrics.told(_status(body), decided.status)
+        self._metrics.told(before, decided.status)
         self._store.offer(answer)
-        self._log(body, decided.status)
+        self._log(body, before, decided.status)
         if is_finished(decided.status):
             self._metrics.forget(body["metadata"]["namespace"], body["metadata"]["name"])
         await self._post(body, decided)
@@ -227,10 +228,10 @@ class Reconciler:
             except OperatorError as error:  # the conditions say the same: an event is not worth a second try
                 log.warning("%s: cannot post event %s: %s", key_of(body), event.reason, error)
 
-    def _log(self, body: Manifest, status: FineTuneJobStatus) -> None:
+    def _log(self, body: Manifest, before: FineTuneJobStatus, status: FineTuneJobStatus) -> None:
         """A line for each change of a job's state."""
         state, reason = standing(status.to_dict())
-        if state != _status(body).state:
+        if state != before.state:
             about = {"job": key_of(body), "attempt": status.attempt, "state": state, "reason": reason}
             if status.start_time is not None and status.completion_time is not None:
                 about["duration"] = (status.completion_time - status.start_time).total_seconds()
@@ -280,16 +281,7 @@ def _creates_job(decided: Plan) -> bool:
 
 def _unread(body: Manifest) -> FineTuneJob:
     """The FineTuneJob of a body whose spec is not looked at."""
-    metadata = body["metadata"]
-    return FineTuneJob(
-        namespace=metadata["namespace"],
-        name=metadata["name"],
-        uid=metadata["uid"],
-        generation=metadata.get("generation", 1),
-        deleting="deletionTimestamp" in metadata,
-        spec=FineTuneJobSpec.model_construct(),  # type: ignore[call-arg]
-        status=_status(body),
-    )
+    return FineTuneJob.of(body, FineTuneJobSpec.model_construct())  # type: ignore[call-arg]
 
 
 def _status(body: Manifest) -> FineTuneJobStatus:

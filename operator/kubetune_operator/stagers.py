@@ -30,11 +30,8 @@ def stage_job(job: FineTuneJob, content: Content, settings: Settings) -> Manifes
         "apiVersion": "batch/v1",
         "kind": "Job",
         "metadata": {
-            "name": names.stage_name(job.spec, content),
-            "namespace": job.namespace,
+            **_joined(job, content),
             "labels": {**labels, **({names.QUEUE_LABEL: settings.stage_queue} if settings.stage_queue else {})},
-            # No controller: an object has one at most, and this one has many owners.
-            "ownerReferences": [owner(job, controller=False)],
         },
         "spec": {
             "backoffLimit": STAGE_RETRIES,
@@ -63,14 +60,15 @@ def stage_adoption(job: FineTuneJob, content: Content) -> Manifest:
 
     It has no spec: the template of an existing Job cannot change, and a Job that has gone is not created by it.
     """
+    return {"apiVersion": "batch/v1", "kind": "Job", "metadata": _joined(job, content)}
+
+
+def _joined(job: FineTuneJob, content: Content) -> Manifest:
     return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": {
-            "name": names.stage_name(job.spec, content),
-            "namespace": job.namespace,
-            "ownerReferences": [owner(job, controller=False)],
-        },
+        "name": names.stage_name(job.spec, content),
+        "namespace": job.namespace,
+        # No controller: an object has one at most, and this one has many owners.
+        "ownerReferences": [owner(job, controller=False)],
     }
 
 

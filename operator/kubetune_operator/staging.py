@@ -20,12 +20,14 @@ from kubetune_operator.diagnosis import (
     failed_tries,
     is_deleting,
     is_live,
+    is_over,
     is_ready,
     last_word,
     moment,
 )
 from kubetune_operator.names import stage_name
 from kubetune_operator.obstacles import Obstacle
+from kubetune_operator.owners import is_owned
 from kubetune_operator.queueing import is_held, told
 from kubetune_operator.stagers import stage_adoption, stage_job
 from kubetune_operator.status import STAGING, counted, find, readable_bytes
@@ -84,23 +86,14 @@ def stage(turn: Decision) -> None:
 def release(turn: Decision) -> None:
     """Remove the stage Jobs that are at work for nobody, once this job is over."""
     for view in turn.observed.stages.values():
-        if owns(turn.job, view.job) and not _is_over(view.job) and not view.shared:
+        if is_owned(view.job, turn.job.uid) and not is_over(view.job) and not view.shared:
             turn.delete(view.job)
-
-
-def owns(job: FineTuneJob, child: Manifest) -> bool:
-    """Whether the FineTuneJob is an owner of the child."""
-    return any(owner["uid"] == job.uid for owner in child["metadata"].get("ownerReferences") or [])
 
 
 def _is_staged(turn: Decision, content: Content) -> bool:
     if content.kind == "Model":
         return turn.status.staged is not None
     return any(data.path == content.path for data in turn.status.staged_data or ())
-
-
-def _is_over(child: Manifest) -> bool:
-    return condition(child, "Complete") is not None or condition(child, "Failed") is not None
 
 
 # ---------------------------------------------------------------- one content
@@ -110,7 +103,7 @@ def _step(turn: Decision, content: Content) -> Step:
     view = turn.observed.stages.get(stage_name(turn.job.spec, content))
     if view is None:
         return _start(turn, content)
-    stale = _is_over(view.job) and not owns(turn.job, view.job) and not _ended_while_we_waited(turn, view.job)
+    stale = is_over(view.job) and not is_owned(view.job, turn.job.uid) and not _ended_while_we_waited(turn, view.job)
     if stale and view.shared:
         # Those who joined it have yet to read what it says: else many jobs start each other's staging over for ever.
         turn.look_again(1)
@@ -178,7 +171,7 @@ def _failed(turn: Decision, content: Content, view: StageView) -> Step:
 
 def _follow(turn: Decision, content: Content, view: StageView) -> Step:
     turn.suspend(view.job, suspended=False)
-    if not owns(turn.job, view.job) and condition(view.job, "SuccessCriteriaMet") is None:
+    if not is_owned(view.job, turn.job.uid) and condition(view.job, "SuccessCriteriaMet") is None:
         # Not any more when its pod has succeeded: each joining makes the Job controller's own last write a conflict.
         turn.apply(stage_adoption(turn.job, content))
     up, what = any(is_ready(pod) for pod in view.pods), _what(turn.job, content)

@@ -29,8 +29,8 @@ def environment(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     def kubectl(*words: str, stdin: Any = None) -> "subprocess.CompletedProcess[str]":
         return run([*bench.kube.words(), *words], stdin=json.dumps(stdin) if stdin else None, check=False)
 
-    folder = tmp_path_factory.mktemp("ann", numbered=False)
-    config = program.account(kubectl, bench.kube.config, bench.namespace, folder, program.ROLE)
+    folder = tmp_path_factory.mktemp("ann")
+    config = program.account(kubectl, bench.kube.config, bench.namespace, "ann", program.ROLE, folder)
     return program.environment(tmp_path_factory.mktemp("bin"), bench.kube.kubectl_program, config)
 
 

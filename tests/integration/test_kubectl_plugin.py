@@ -232,8 +232,8 @@ def person(kubectl, kube, namespace, tmp_path_factory) -> Callable[[str, bool], 
     """person("ann", allowed): the kubeconfig of an account with the role of the docs, or with no role."""
 
     def make(name: str, allowed: bool) -> str:
-        folder = tmp_path_factory.mktemp(name, numbered=False)
-        return str(program.account(kubectl, kube.config, namespace, folder, program.ROLE if allowed else None))
+        role, folder = program.ROLE if allowed else None, tmp_path_factory.mktemp(name)
+        return str(program.account(kubectl, kube.config, namespace, name, role, folder))
 
     return make
 

@@ -31,11 +31,12 @@ def account(
     kubectl: Callable[..., CompletedProcess[str]],
     kubeconfig: Path,
     namespace: str,
-    folder: Path,
+    name: str,
     role: Object | None,
+    folder: Path,
 ) -> Path:
-    """The kubeconfig of a new account of the namespace, named as the folder, with the role or with none."""
-    name, where = folder.name, ["--namespace", namespace]
+    """The kubeconfig, in the folder, of a new account of the namespace that has the role or none."""
+    where = ["--namespace", namespace]
     assert kubectl("create", "serviceaccount", name, *where).returncode == 0
     if role is not None:
         own = {**role, "metadata": {"name": name, "namespace": namespace}}

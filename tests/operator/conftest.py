@@ -204,6 +204,12 @@ def pod():
 
 
 @pytest.fixture
+def worker(pod, attempt_job, job):
+    """worker(index, phase, ...): a pod of the first attempt."""
+    return lambda *arguments, **more: pod(attempt_job(job()), *arguments, **more)
+
+
+@pytest.fixture
 def certificate():
     """certificate(folder, name, serial): a self-signed certificate, also for 127.0.0.1, and its key, in two files."""
 

@@ -25,12 +25,6 @@ NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
 
 
 @pytest.fixture
-def worker(pod, attempt_job, job):
-    """worker(index, phase, ...): a pod of the first attempt."""
-    return lambda *arguments, **more: pod(attempt_job(job()), *arguments, **more)
-
-
-@pytest.fixture
 def stager(pod, stage_job, job):
     """stager(...): a pod of the staging Job."""
     return lambda *arguments, **more: pod(stage_job(job()), *arguments, **more)

@@ -4,27 +4,15 @@ Cases called `real` have the essential fields of what Kubernetes v1.35 wrote whe
 others cannot be made on one small node; their words are those of the documentation or source that the case names.
 """
 
-from datetime import UTC, datetime, timedelta
 from typing import Any, NamedTuple
 
 import pytest
+from tests.operator.obstacles.conftest import EARLIER, NOON, UNBOUND, event, on_a_node, unscheduled
 
 from kubetune_operator.diagnosis import about
-from kubetune_operator.obstacles import inquiries, not_created, obstacle, refusal
+from kubetune_operator.obstacles import inquiries, obstacle
 
 Object = dict[str, Any]
-
-EARLIER = "2030-01-01T11:50:00Z"
-NOON = datetime(2030, 1, 1, 12, 0, tzinfo=UTC)
-
-
-@pytest.fixture
-def worker(pod, attempt_job, job):
-    """worker(index, phase, ...): a pod of the first attempt."""
-    return lambda *arguments, **more: pod(attempt_job(job()), *arguments, **more)
-
-
-# ---------------------------------------------------------------- why something does not start
 
 
 def test_what_runs_or_is_over_or_goes_has_no_obstacle(worker, waiting, condition):
@@ -93,34 +81,9 @@ class Case(NamedTuple):
     says: str
 
 
-def unscheduled(words: str, reason: str = "Unschedulable") -> Object:
-    """The status of a pod that has no node."""
-    item = {
-        "type": "PodScheduled",
-        "status": "False",
-        "reason": reason,
-        "message": words,
-        "lastTransitionTime": EARLIER,
-    }
-    return {"phase": "Pending", "conditions": [item]}
-
-
-def on_a_node(reason: str | None = None, words: str | None = None) -> Object:
-    """The status of a pod that has a node, with the kubelet's word about its container; None: not even that."""
-    item = {"type": "PodScheduled", "status": "True", "lastTransitionTime": EARLIER}
-    waiting = {"reason": reason, **({"message": words} if words else {})}
-    container = {"name": "main", "image": "registry.example/trainer:1", "state": {"waiting": waiting}}
-    return {"phase": "Pending", "conditions": [item], **({"containerStatuses": [container]} if reason else {})}
-
-
-def event(reason: str, message: str, kind: str = "Warning", at: str = "11:59:50") -> Object:
-    return {"type": kind, "reason": reason, "message": message, "lastTimestamp": f"2030-01-01T{at}Z"}
-
-
 NO_HELP = (
     "no new claims to deallocate, preemption: 0/1 nodes are available: 1 Preemption is not helpful for scheduling."
 )
-UNBOUND = "0/1 nodes are available: pod has unbound immediate PersistentVolumeClaims. not found"
 CASES = [
     Case(
         "real: too few CPUs",
@@ -379,18 +342,6 @@ CASES = [
 ]
 
 
-@pytest.fixture
-def stuck(worker):
-    """stuck(status): worker 0 on node gpu-3, if it has a node, with exactly that status."""
-
-    def make(status: Object) -> Object:
-        made = worker(0, "Pending", creationTimestamp=EARLIER)
-        made["spec"] = {**made["spec"], "nodeName": "gpu-3"}
-        return {**made, "status": status}
-
-    return make
-
-
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_what_keeps_a_pod_from_starting(attempt_job, job, stuck, case):
     """What the plan asks for is what the answer is found in."""
@@ -415,140 +366,3 @@ def test_a_mount_that_succeeded_after_all_is_no_obstacle(stuck):
     pod = stuck(on_a_node("ContainerCreating"))
     failed, fine = event("FailedAttachVolume", "timed out"), event("SuccessfulAttachVolume", "", "Normal", "11:59:55")
     assert obstacle([pod], {about(pod): [fine, failed]}, NOON) is None
-
-
-# ---------------------------------------------------------------- when Events are asked for
-
-
-def test_a_gang_that_comes_up_costs_no_request(attempt_job, job, worker):
-    child = attempt_job(job(), 1, startTime=EARLIER)
-    pods = [worker(0, ready=True), worker(1, ready=True)]
-    assert inquiries(child, 2, pods, NOON) == ([], None)
-
-
-WAITS = [
-    ("pods that are not created yet", lambda job, pod: (job, []), [], 1.0, 2),
-    ("pods that are late", lambda job, pod: (job, []), ["Job"], None, 3),
-    ("a pod that is being set up", lambda job, pod: (job, [pod(on_a_node("ContainerCreating"))]), [], 1.0, 9),
-    ("a pod that is set up for long", lambda job, pod: (job, [pod(on_a_node("ContainerCreating"))]), ["Pod"], None, 10),
-    (
-        "a pod whose claim is not bound",
-        lambda job, pod: (job, [pod(unscheduled(UNBOUND))]),
-        ["PersistentVolumeClaim"] * 2,
-        None,
-        3,
-    ),
-    (
-        "a pod at which no scheduler has looked",
-        lambda job, pod: (job, [pod({"phase": "Pending"})]),
-        ["PersistentVolumeClaim"] * 2,
-        None,
-        3,
-    ),
-    ("a pod whose status tells all", lambda job, pod: (job, [pod(on_a_node("ErrImagePull", "x"))]), [], None, 99),
-    ("a pod without room", lambda job, pod: (job, [pod(unscheduled("Insufficient cpu"))]), [], None, 99),
-    ("a suspended Job", lambda job, pod: ({**job, "spec": {**job["spec"], "suspend": True}}, []), [], None, 99),
-]
-
-
-@pytest.mark.parametrize(("arrange", "kinds", "wait", "after"), [w[1:] for w in WAITS], ids=[w[0] for w in WAITS])
-def test_events_are_asked_for_when_a_pod_is_late(attempt_job, job, stuck, arrange, kinds, wait, after):
-    child, pods = arrange(attempt_job(job(), 1, startTime=EARLIER), stuck)
-    now = datetime.fromisoformat(EARLIER) + timedelta(seconds=after)
-    asked, again = inquiries(child, 1, pods, now)
-    assert ([item.kind for item in asked], again) == (kinds, wait)
-
-
-def test_only_some_pods_of_a_large_gang_are_asked_for(attempt_job, job, worker):
-    pods = [{**worker(index, "Pending"), "status": on_a_node("ContainerCreating")} for index in range(9)]
-    asked, _ = inquiries(attempt_job(job(), 1, startTime=EARLIER), 9, pods, NOON)
-    assert len(asked) == 4
-
-
-# ---------------------------------------------------------------- pods and children that are refused
-
-REFUSED = [
-    (
-        "real: a quota that is used up",
-        'pods "bot-a1-1-67v6j" is forbidden: exceeded quota: team-gpus, requested: requests.cpu=10m, used: '
-        "requests.cpu=10m, limited: requests.cpu=10m",
-        "QuotaExceeded",
-        "pods cannot be created: exceeded quota: team-gpus, requested: requests.cpu=10m, used: requests.cpu=10m, "
-        "limited: requests.cpu=10m. It goes on as soon as there is room: free some of the quota, have it raised, or "
-        "ask for less.",
-    ),
-    (
-        "real: a quota that wants limits",
-        'pods "bot-a1-0-bxqg6" is forbidden: failed quota: team: must specify limits.memory for: main',
-        "QuotaExceeded",
-        "must specify limits.memory for: main. The quota counts only pods that say what they need",
-    ),
-    (
-        "real: Pod Security",
-        'pods "bot-a1-0-2nhjr" is forbidden: violates PodSecurity "restricted:latest": privileged',
-        "AdmissionDenied",
-        'pods cannot be created: violates PodSecurity "restricted:latest": privileged. Have the',
-    ),
-    (
-        "real: a LimitRange",
-        'pods "bot-a1-0-jwcfx" is forbidden: maximum memory usage per Container is 64Mi, but limit is 128Mi',
-        "AdmissionDenied",
-        "A LimitRange of the namespace bounds it",
-    ),
-    (
-        "real: a LimitRange whose default limit is too small",
-        'Pod "kubetune-stage-2912-mdtvb" is invalid: spec.containers[0].resources.requests: Invalid value: "256Mi": '
-        "must be less than or equal to memory limit of 16Mi",
-        "AdmissionDenied",
-        'pods cannot be created: spec.containers[0].resources.requests: Invalid value: "256Mi": must be less',
-    ),
-    (
-        "real: no such ServiceAccount",
-        'pods "bot-a1-0-" is forbidden: error looking up service account team/no: serviceaccount "no" not found',
-        "AdmissionDenied",
-        "Create the ServiceAccount, or name one that exists.",
-    ),
-    (
-        "real: no such PriorityClass",
-        'pods "bot-a1-0-" is forbidden: no PriorityClass with name nothing was found',
-        "AdmissionDenied",
-        "Create the PriorityClass",
-    ),
-    (
-        "a webhook that says no (docs: Dynamic Admission Control)",
-        'admission webhook "policy.example.com" denied the request: no label team',
-        "AdmissionDenied",
-        'pods cannot be created: admission webhook "policy.example.com" denied the request: no label team. Ask whoever',
-    ),
-    (
-        "a webhook that does not answer (docs: Dynamic Admission Control)",
-        'Internal error occurred: failed calling webhook "policy.example.com": connect: connection refused',
-        "AdmissionDenied",
-        "The webhook does not answer: whoever runs it must repair it.",
-    ),
-]
-
-
-@pytest.mark.parametrize(("words", "reason", "says"), [case[1:] for case in REFUSED], ids=[case[0] for case in REFUSED])
-def test_why_the_job_controller_cannot_create_pods(attempt_job, job, words, reason, says):
-    child = attempt_job(job(), 1, startTime=EARLIER)
-    asked, _ = inquiries(child, 1, [], NOON)
-    older = event("FailedCreate", "something else", at="11:00:00")
-    found = not_created(child, {asked[0]: [event("FailedCreate", f"Error creating: {words}"), older]})
-    assert found.reason == reason
-    assert says in found.told
-
-
-def test_a_child_that_the_api_server_refuses_is_told_alike():
-    """Real: a quota on Jobs."""
-    words = (
-        'jobs.batch "bot-a1" is forbidden: exceeded quota: few-jobs, requested: count/jobs.batch=1, used: 0, limited: 0'
-    )
-    found = refusal(words)
-    assert (found.reason, found.message) == ("QuotaExceeded", words.partition("forbidden: ")[2])
-
-
-def test_a_job_without_such_an_event_only_takes_its_time(attempt_job, job):
-    child = attempt_job(job(), 1, startTime=EARLIER)
-    asked, _ = inquiries(child, 1, [], NOON)
-    assert not_created(child, {asked[0]: [event("SuccessfulCreate", "Created pod", "Normal")]}) is None

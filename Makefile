@@ -70,10 +70,10 @@ drills: ## Let everything go wrong on the cluster, one thing at a time, and writ
 	@$(WITH_CLUSTER) PYTHONPATH=examples/demo:tests/cluster $(PYTHON) -m tests.drills.run $(ARGS)
 
 .PHONY: drill-kill
-drill-kill: ## 200 jobs while the operator is killed at random; JOBS=50 and SEED=7 choose others
+drill-kill: ## 200 jobs while the operator is killed at random; JOBS=50, SEED=7 and REPLICAS=2 choose others
 	@$(CLUSTER) up --venv
 	@$(WITH_CLUSTER) KUBETUNE_DRILL_JOBS=$(or $(JOBS),200) KUBETUNE_DRILL_SEED=$(or $(SEED),0) \
-		$(PYTEST) -s tests/integration/operator/test_kills.py
+		KUBETUNE_DRILL_REPLICAS=$(or $(REPLICAS),1) $(PYTEST) -s tests/integration/operator/test_kills.py
 
 .PHONY: generate
 generate: .venv/kubetune.stamp ## Write the generated files (crds/, docs/)

@@ -5,6 +5,7 @@ status that a kubelet would write. Everything else is real: the Job controller, 
 """
 
 import datetime as dt
+import http.client
 import json
 import os
 import signal
@@ -99,6 +100,13 @@ class Operator:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=5) as answer:
             found = [text for text in answer.read().decode().splitlines() if text.startswith(line)]
         return float(found[0].rsplit(" ", 1)[1])
+
+    def leads(self) -> bool:
+        """Whether it says that it leads. One that does not answer does not."""
+        try:
+            return self.metric("kubetune_leader ") == 1
+        except (OSError, http.client.HTTPException):
+            return False
 
     def stop(self, how: int = signal.SIGTERM) -> int:
         assert self.process is not None

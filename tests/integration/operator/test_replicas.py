@@ -37,7 +37,7 @@ class Pair:
     def leading(self, replica: Any, seconds: float) -> None:
         """Wait until the replica says that it leads."""
         deadline = time.monotonic() + seconds
-        while replica.metric("kubetune_leader ") != 1:
+        while not replica.leads():
             assert time.monotonic() < deadline, replica.log.read_text()
             time.sleep(0.05)
 
@@ -55,7 +55,7 @@ def pair(drill: Callable[..., Any], tmp_path: Path) -> Iterator[Callable[..., Pa
         made = Pair(first, seconds[0])
         made.leading(first.operator, 30)
         seconds[0].start()
-        assert seconds[0].metric("kubetune_leader ") == 0
+        assert not seconds[0].leads()
         assert made.holder() == "replica-0"
         return made
 
@@ -114,7 +114,7 @@ def test_a_killed_leader_is_followed_and_reports_reach_whoever_leads(pair, tls, 
 
     # The first comes back as a standby; a clean stop of the leader hands over at once.
     first.start()
-    assert first.metric("kubetune_leader ") == 0
+    assert not first.leads()
     stopping = threading.Thread(target=second.stop)
     stopped = time.monotonic()
     stopping.start()

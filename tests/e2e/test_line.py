@@ -1,14 +1,21 @@
-"""From `kubectl apply` to an adapter on the real node: the good way, lost workers, suspension, deletion, errors."""
+"""From `kubectl apply` to an adapter on the real node: the good way, lost workers, suspension, an upgrade, errors."""
 
 import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import run as demo
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 Object = dict[str, Any]
 ADAPTER = "adapter/adapter_model.safetensors"
+SILENT_SECONDS = 30.0
+"""Between two steps in a status: 10 between two writes, and what a change of the leader takes on two busy cores."""
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +83,97 @@ def test_a_suspended_run_holds_no_pod_and_goes_on_to_the_same_bits(bench, undist
     assert ended["status"]["restarts"] == 0
     calm, paused = (bench.output(job, tmp_path) for job in (undisturbed, ended))
     assert (paused / ADAPTER).read_bytes() == (calm / ADAPTER).read_bytes()
+
+
+def test_an_upgrade_of_the_operator_leaves_a_job_that_trains_alone(bench, operator, record_property):
+    """The chart as it is installed, with two replicas: other pods, another leader, and reports are taken meanwhile."""
+    bench.scale_operator(operator, 2)
+    bench.submit("rolled", training={"maxSteps": 5000}, checkpoint={"everySteps": 100}, workers={"nodes": 1})
+    bench.until("rolled", lambda job: step_of(job) > 0)
+    worker, pods = worker_of(bench, "rolled"), operator_pods(bench, operator)
+    assert len(pods) == 2
+    assert leader_of(bench, operator) in pods
+    enough = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(follow, bench, "rolled", enough)
+        try:
+            began = time.monotonic()
+            upgrade(bench.kube, operator)
+            seconds = time.monotonic() - began
+            reached = step_of(bench.kube.get("finetunejob", "rolled", bench.namespace))
+            bench.until("rolled", lambda job: step_of(job) > reached)
+        finally:
+            enough.set()
+        sights = following.result()
+    silent = longest_silence(sights)
+    record_property("longest time without a new step in the status, seconds", round(silent, 1))
+    print(f"rolled out in {seconds:.1f} s; longest time without a new step: {silent:.1f} s")
+    told = [
+        tuple(job["status"][field] for field in ("state", "attempt", "restarts", "disruptions")) for _, job in sights
+    ]
+    assert set(told) == {("Running", 1, 0, 0)}
+    steps = [step_of(job) for _, job in sights]
+    assert steps == sorted(steps)
+    assert silent < SILENT_SECONDS
+    assert worker_of(bench, "rolled") == worker
+    successors = operator_pods(bench, operator)
+    assert len(successors) == 2
+    assert pods.isdisjoint(successors)
+    assert leader_of(bench, operator) in successors
+    bench.kube.kubectl("delete", "finetunejob", "rolled", "--namespace", bench.namespace)
+
+
+def upgrade(kube: Any, namespace: str) -> None:
+    """Change the pods' template with helm, and nothing else: the value is the default. Until the last old pod ends."""
+    where = ["--namespace", namespace, "--take-ownership", "--wait", "--timeout", "5m"]
+    kube.helm("upgrade", demo.RELEASE, demo.CHART, "--reuse-values", "--set", "settings.logLevel=INFO", *where)
+    kube.kubectl("rollout", "status", "deployment", demo.RELEASE, "--namespace", namespace, "--timeout=120s")
+
+
+def follow(bench: Any, name: str, enough: threading.Event) -> list[tuple[float, Object]]:
+    """What is seen of a FineTuneJob, and when, until it is enough."""
+    sights: list[tuple[float, Object]] = []
+    while not enough.is_set():
+        for event in bench.kube.watch("finetunejob", name, bench.namespace):
+            if event is not None:
+                sights.append((time.monotonic(), event[1]))
+            if enough.is_set():
+                break
+    sights.append((time.monotonic(), bench.kube.get("finetunejob", name, bench.namespace)))
+    return sights
+
+
+def longest_silence(sights: list[tuple[float, Object]]) -> float:
+    """Most seconds between two sights that tell another step."""
+    first: dict[int, float] = {}
+    for moment, job in sights:
+        first.setdefault(step_of(job), moment)
+    moments = list(first.values())
+    return max(later - earlier for earlier, later in pairwise(moments))
+
+
+def step_of(job: Object) -> int:
+    """The last step that the status tells."""
+    return int(((job.get("status") or {}).get("progress") or {}).get("step", 0))
+
+
+def worker_of(bench: Any, name: str) -> tuple[str, int]:
+    """The first worker's pod, by its uid, and how often its container was started again."""
+    pod = bench.kube.get("pod", bench.worker(name, attempt=1, index=0), bench.namespace)
+    return pod["metadata"]["uid"], pod["status"]["containerStatuses"][0]["restartCount"]
+
+
+def operator_pods(bench: Any, namespace: str) -> set[str]:
+    """The names of the operator's pods, without those that are going."""
+    words = ["--selector", "app.kubernetes.io/name=kubetune", "--namespace", namespace, "--output", "json"]
+    items = json.loads(bench.kube.kubectl("get", "pods", *words))["items"]
+    return {item["metadata"]["name"] for item in items if "deletionTimestamp" not in item["metadata"]}
+
+
+def leader_of(bench: Any, namespace: str) -> str:
+    """The pod that holds the operator's Lease."""
+    lease = bench.kube.get("lease", demo.RELEASE, namespace)
+    return str(lease["spec"].get("holderIdentity") or "")
 
 
 def test_deleting_a_running_job_leaves_nothing(bench):

@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 # Puts kubectl, helm and the kubeconfig of the cluster in place for one recipe line.
 WITH_CLUSTER := eval "$$($(CLUSTER) env)" &&
-UNIT_TESTS := tests/contract tests/kubectl tests/operator tests/trainer tests/examples tests/cluster tests/drills
+UNIT_TESTS := tests/contract tests/kubectl tests/operator tests/trainer tests/examples tests/cluster tests/drills tests/benchmarks
 
 .PHONY: help
 help: ## Show this help

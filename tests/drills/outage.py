@@ -12,6 +12,7 @@ from tests.drills.steps import (
     gone,
     holds,
     kill,
+    kubectl,
     nothing_held,
     remove,
     resume,
@@ -47,6 +48,13 @@ def away(
     )
 
 
+def gate(name: str) -> tuple[Object, Step]:
+    """Fields of a spec whose worker cannot start before a Secret is there, and the step that creates it."""
+    env = [{"name": "GATE", "valueFrom": {"secretKeyRef": {"name": f"{name}-gate", "key": "open"}}}]
+    create = kubectl("create", "secret", "generic", f"{name}-gate", "--from-literal=open=yes")
+    return {"workers": {"env": env}}, create
+
+
 def ends_badly(scene: Scene) -> None:
     """Kill the worker, and wait until its pod has failed."""
     kill()(scene)
@@ -55,6 +63,8 @@ def ends_badly(scene: Scene) -> None:
 
 QUESTIONS: Object = {"dataset": {"volumePath": "data/questions.jsonl"}}
 SLOW: Object = {"training": {"maxSteps": 600}}
+CLOSED_WELL, open_well = gate("away-starting")
+CLOSED_BADLY, open_badly = gate("away-error")
 
 DRILLS = (
     away(
@@ -92,11 +102,10 @@ DRILLS = (
         "while the worker starts",
         "the worker started and ended well",
         (submit, state("Starting")),
-        (workers_end("Succeeded"),),
+        (open_well, workers_end("Succeeded")),
         DONE,
         counted(attempt=1, restarts=0),
-        spec={},
-        brief=True,
+        spec=CLOSED_WELL,
     ),
     away(
         "away-crash",
@@ -113,12 +122,11 @@ DRILLS = (
         "while the worker starts",
         "the worker found an error of the user",
         (submit, state("Starting")),
-        (workers_end("Failed"),),
+        (open_badly, workers_end("Failed")),
         Seen("Failed", "Failed", "InvalidData", ("no assistant message",)),
         nothing_held,
         counted(restarts=0),
-        spec=QUESTIONS,
-        brief=True,
+        spec=QUESTIONS | CLOSED_BADLY,
     ),
     away(
         "away-end",

@@ -21,6 +21,8 @@ import torch
 from kubetune_contract.config import RunConfig
 from kubetune_trainer import cli, distributed, launch
 
+from .stage_claim import Claim
+
 ROOT = Path(__file__).parents[2]
 ALL_LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -49,6 +51,23 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Started:
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(cli, "check_files", lambda config: None)  # what lies on the disk is another question
     return seen
+
+
+Told = Callable[..., list[str]]
+"""The words of a command that must be refused, to its problems."""
+
+
+@pytest.fixture
+def told(capsys: pytest.CaptureFixture[str]) -> Told:
+    """told("validate", "mine.yaml"): the problems that `tune` tells, without the headline."""
+
+    def run(*arguments: str) -> list[str]:
+        assert cli.main(arguments) == 64
+        headline, *problems = capsys.readouterr().err.splitlines()
+        assert headline == "error: this cannot work:"
+        return [problem.removeprefix("  ") for problem in problems]
+
+    return run
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -179,6 +198,22 @@ def llama_folder(tmp_path: Path) -> Callable[..., Path]:
 def tiny(llama_folder: Callable[..., Path]) -> Path:
     """A folder with the tiny Llama."""
     return llama_folder()
+
+
+@pytest.fixture
+def published(tiny: Path) -> Path:
+    """A folder with the tiny Llama as a repository has it: with files that a run does not need."""
+    (tiny / "README.md").write_text("# Tiny")
+    (tiny / "LICENSE").write_text("Llama 3")
+    (tiny / "original").mkdir()
+    (tiny / "original" / "consolidated.00.pth").write_bytes(b"the same weights again")
+    return tiny
+
+
+@pytest.fixture
+def claim(tmp_path: Path) -> Claim:
+    """An empty models claim."""
+    return Claim(tmp_path)
 
 
 @pytest.fixture(name="run_config")

@@ -1,4 +1,4 @@
-"""A models claim, and the staging container that works on it."""
+"""A models claim, the staging container that works on it, and damage."""
 
 import os
 import subprocess
@@ -52,3 +52,14 @@ class Claim:
 
     def manifest(self, path: str) -> StagingManifest:
         return StagingManifest.model_validate_json((self.root / path / COMPLETE_FILE).read_bytes())
+
+
+def flip(file: Path, *, keep_time: bool) -> None:
+    """Damage one byte."""
+    status = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    if keep_time:
+        os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert file.stat().st_size == status.st_size

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from tests.trainer.conftest import Told
 
 from kubetune_contract.config import RunConfig
 from kubetune_contract.presets import preset_names, preset_text
@@ -16,13 +17,6 @@ from kubetune_trainer import cli, launch
 
 PATHS = ["model.path=m", "dataset.path=d.jsonl", "output_dir=o"]
 SINGLE = "lora_finetune_single_device"
-
-
-def told(capsys: pytest.CaptureFixture[str]) -> list[str]:
-    """The problems on stderr, without the headline."""
-    headline, *problems = capsys.readouterr().err.splitlines()
-    assert headline == "error: this cannot work:"
-    return [problem.removeprefix("  ") for problem in problems]
 
 
 # --- overrides ---
@@ -174,25 +168,21 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_cannot_work_is_told_and_ends_with_64(
-    case: str, started: list[Any], capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    case: str, started: list[Any], told: Told, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     arguments, expected = REFUSED[case]
-    assert cli.main(arguments) == 64
-    assert told(capsys) == expected
+    assert told(*arguments) == expected
     assert started == []
 
 
 @pytest.mark.parametrize(
     ("text", "words"), [("a: [", "is not YAML"), ("- a\n- b\n", "must hold keys and values")], ids=["no YAML", "a list"]
 )
-def test_a_file_that_is_no_configuration(
-    text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_that_is_no_configuration(text: str, words: str, tmp_path: Path, told: Told) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text)
-    assert cli.main(["validate", str(path)]) == 64
-    (problem,) = told(capsys)
+    (problem,) = told("validate", str(path))
     assert words in problem
 
 
@@ -219,14 +209,13 @@ def test_ls_lists_each_recipe_with_its_configurations(capsys: pytest.CaptureFixt
     assert not any(name.endswith("_single_device") for name in listed["lora_finetune_distributed"])
 
 
-def test_cp_copies_and_never_overwrites(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cp_copies_and_never_overwrites(tmp_path: Path, told: Told, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "new" / "mine.yaml"
     assert cli.main(["cp", "demo/smollm2_lora", str(target)]) == 0
     assert target.read_text() == preset_text("demo/smollm2_lora")
     capsys.readouterr()
     target.write_text("edited")
-    assert cli.main(["cp", "demo/smollm2_lora", str(target)]) == 64
-    assert told(capsys) == [f"{target} exists already: choose another file"]
+    assert told("cp", "demo/smollm2_lora", str(target)) == [f"{target} exists already: choose another file"]
     assert target.read_text() == "edited"
 
 
@@ -239,11 +228,10 @@ def test_every_shipped_configuration_is_valid_and_says_what_it_still_needs(
     assert capsys.readouterr().out == f"{name} is valid{needs}\n"
 
 
-def test_validate_tells_all_problems_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_validate_tells_all_problems_of_a_file(tmp_path: Path, told: Told) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(yaml.safe_dump({"model": {"path": "m"}, "training": {"epochs": 0}, "metod": "LoRA"}))
-    assert cli.main(["validate", str(path), "adapter.rank=2000"]) == 64
-    assert told(capsys) == [
+    assert told("validate", str(path), "adapter.rank=2000") == [
         "adapter.rank: input should be less than or equal to 1024, but it is 2000",
         "training.epochs: input should be greater than or equal to 1, but it is 0",
         "metod: unknown field; did you mean method?",

@@ -17,9 +17,11 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kubetune_contract.exit_codes import ExitCode
+from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_trainer.data import DataError
 from kubetune_trainer.distributed import (
     PeerLostError,
+    SharedError,
     World,
     all_sum,
     barrier,
@@ -29,6 +31,7 @@ from kubetune_trainer.distributed import (
     local_rows,
     start,
     stop,
+    together,
 )
 
 Spawn = Callable[..., list[Any]]
@@ -191,3 +194,29 @@ def test_peers_that_never_come_are_lost_peers() -> None:
         [sys.executable, "-c", textwrap.dedent(program)], env=os.environ | environment, check=False, timeout=120
     )
     assert done.returncode == ExitCode.PEER_LOST
+
+
+def _together(world: World, failing: list[int]) -> tuple[str, int]:
+    def act() -> int:
+        if world.rank in failing:
+            raise DataError(f"rank {world.rank} cannot")
+        return world.rank
+
+    try:
+        return "", together(world, act)
+    except SharedError as error:
+        return str(error), error.exit_code
+
+
+def test_an_error_of_one_rank_is_raised_on_all(spawn: Spawn) -> None:
+    assert spawn(3, _together, []) == [("", 0), ("", 1), ("", 2)]
+    assert spawn(3, _together, [2, 1]) == [("rank 1 cannot", 65)] * 3
+
+
+def test_alone_an_error_is_told_as_it_is(alone: World) -> None:
+    def act() -> int:
+        raise DataError("cannot")
+
+    with pytest.raises(JobError, match="cannot") as caught:
+        together(alone, act)
+    assert caught.value.exit_code == ExitCode.INVALID_DATA

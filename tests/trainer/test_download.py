@@ -20,14 +20,10 @@ CASES = pytest.mark.parametrize
 
 
 @pytest.fixture
-def hub(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
+def hub(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[HubServer]:
     """The hub with a gated Llama in both formats, as Meta publishes them."""
-    (tiny / "README.md").write_text("# Tiny")
-    (tiny / "LICENSE").write_text("Llama 3")
-    (tiny / "original").mkdir()
-    (tiny / "original" / "consolidated.00.pth").write_bytes(b"the same weights again")
-    (tiny / "original" / "params.json").write_text("{}")
-    with serve(tiny) as server:
+    (published / "original" / "params.json").write_text("{}")
+    with serve(published) as server:
         server.gated = True
         redirect(monkeypatch, server, tmp_path / "home")
         yield server

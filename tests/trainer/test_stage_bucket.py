@@ -12,7 +12,7 @@ from kubetune_contract.paths import COMPLETE_FILE
 from kubetune_contract.progress import TerminationMessage
 
 from .s3_server import BUCKET, KEY, SECRET, SESSION, S3Server, serve
-from .stage_claim import Claim
+from .stage_claim import Claim, flip
 
 CASES = pytest.mark.parametrize
 MODEL = f"s3://{BUCKET}/llama/tiny one"
@@ -39,11 +39,6 @@ def s3(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
     with serve(root) as server:
         yield server
-
-
-@pytest.fixture
-def claim(tmp_path: Path) -> Claim:
-    return Claim(tmp_path)
 
 
 @pytest.fixture
@@ -143,9 +138,7 @@ def test_an_etag_that_is_a_digest_is_checked(
 def test_a_damaged_file_is_found_and_it_alone_is_fetched_again(stage, claim: Claim, s3: S3Server) -> None:
     first = stage()
     s3.downloads.clear()
-    file = claim.root / "s3/tiny/model.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    flip(claim.root / "s3/tiny/model.safetensors", keep_time=False)
     assert stage() == first
     assert s3.downloads == {"llama/tiny one/model.safetensors": 1}
 

@@ -14,12 +14,12 @@ import torch
 import yaml
 
 from kubetune_contract.config import RunConfig
-from kubetune_contract.exit_codes import ExitCode, JobError
+from kubetune_contract.exit_codes import ExitCode
 from kubetune_contract.presets import merge
 from kubetune_contract.progress import Result, TerminationMessage
 from kubetune_trainer import loop, report, train
 from kubetune_trainer.data import DataError
-from kubetune_trainer.distributed import SharedError, World, together
+from kubetune_trainer.distributed import World
 from kubetune_trainer.report import read_metrics
 
 
@@ -360,33 +360,7 @@ def test_any_error_becomes_a_code_and_a_sentence(
     assert ("Traceback" in capsys.readouterr().err or code == 1) == (code == 1)
 
 
-# --- several ranks ---
-
-
-def _together(world: World, failing: list[int]) -> tuple[str, int]:
-    def act() -> int:
-        if world.rank in failing:
-            raise DataError(f"rank {world.rank} cannot")
-        return world.rank
-
-    try:
-        return "", together(world, act)
-    except SharedError as error:
-        return str(error), error.exit_code
-
-
-def test_an_error_of_one_rank_is_raised_on_all(spawn: Callable[..., list[Any]]) -> None:
-    assert spawn(3, _together, []) == [("", 0), ("", 1), ("", 2)]
-    assert spawn(3, _together, [2, 1]) == [("rank 1 cannot", 65)] * 3
-
-
-def test_alone_an_error_is_told_as_it_is(alone: World) -> None:
-    def act() -> int:
-        raise DataError("cannot")
-
-    with pytest.raises(JobError, match="cannot") as caught:
-        together(alone, act)
-    assert caught.value.exit_code == ExitCode.INVALID_DATA
+# --- what it imports ---
 
 
 def test_the_trainer_needs_no_model_library_and_starts_lean() -> None:

@@ -1,25 +1,16 @@
 """What `tune` says about configurations that cannot work: at least ten of each kind, word by word."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import get_args
 
 import pytest
-from tests.trainer.conftest import Started, write_llama
+from tests.trainer.conftest import Started, Told
 
 from kubetune_contract.config import TargetModule
-from kubetune_trainer import cli
 
 LAYERS = ", ".join(repr(name) for name in get_args(TargetModule)[:-1]) + " or 'lm_head'"
 METHODS = "'Full', 'LoRA', 'DoRA', 'QLoRA' or 'QDoRA'"
 AT_ONCE = "training.optimizer_in_backward=true"
-
-
-def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
-    assert cli.main(arguments) == 64
-    headline, *problems = capsys.readouterr().err.splitlines()
-    assert headline == "error: this cannot work:"
-    return [problem.removeprefix("  ") for problem in problems]
 
 
 # --- keys ---
@@ -42,8 +33,8 @@ UNKNOWN_KEYS = {
 
 
 @pytest.mark.parametrize("override", UNKNOWN_KEYS)
-def test_an_unknown_key_is_told_with_the_nearest(override: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, "validate", "llama3/8B_lora", override) == [UNKNOWN_KEYS[override]]
+def test_an_unknown_key_is_told_with_the_nearest(override: str, told: Told) -> None:
+    assert told("validate", "llama3/8B_lora", override) == [UNKNOWN_KEYS[override]]
 
 
 # --- values ---
@@ -74,8 +65,8 @@ BAD_VALUES = {
 
 
 @pytest.mark.parametrize("override", BAD_VALUES)
-def test_a_bad_value_is_told_with_what_is_allowed(override: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert told(capsys, "validate", "llama3/8B_lora", override) == [BAD_VALUES[override]]
+def test_a_bad_value_is_told_with_what_is_allowed(override: str, told: Told) -> None:
+    assert told("validate", "llama3/8B_lora", override) == [BAD_VALUES[override]]
 
 
 # --- rules between fields ---
@@ -160,9 +151,9 @@ CROSS_FIELD: dict[str, tuple[list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", CROSS_FIELD)
-def test_a_broken_rule_is_told_with_the_remedy(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_rule_is_told_with_the_remedy(case: str, told: Told) -> None:
     words, expected = CROSS_FIELD[case]
-    assert told(capsys, "validate", "llama3/8B_lora", *words) == [expected]
+    assert told("validate", "llama3/8B_lora", *words) == [expected]
 
 
 # --- recipes ---
@@ -252,134 +243,16 @@ MISMATCHED: dict[str, tuple[str, list[str], str]] = {
 
 
 @pytest.mark.parametrize("case", MISMATCHED)
-def test_a_configuration_of_another_recipe_is_told_with_the_right_one(
-    case: str, started: Started, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_configuration_of_another_recipe_is_told_with_the_right_one(case: str, started: Started, told: Told) -> None:
     recipe, words, expected = MISMATCHED[case]
-    assert told(capsys, "run", recipe, "--config", *words) == [expected]
+    assert told("run", recipe, "--config", *words) == [expected]
     assert started == []
-
-
-# --- files ---
-
-Made = Callable[[Path], None]
-
-
-def lacks(name: str) -> Made:
-    return lambda root: (root / "model" / name).unlink()
-
-
-def damaged(name: str) -> Made:
-    return lambda root: (root / "model" / name).write_text("{")  # type: ignore[return-value]
-
-
-def nothing(_: Path) -> None:
-    """Everything is there."""
-
-
-REMEDY = (
-    "give a folder in Hugging Face layout: config.json, tokenizer.json and safetensors files; "
-    "or in Meta's: params.json, tokenizer.model and consolidated.*.pth"
-)
-SETTINGS = "tokenizer_config.json"
-MISSING: dict[str, tuple[Made, list[str], list[str]]] = {
-    "no such configuration": (
-        nothing,
-        ["mine.yaml"],
-        ["--config: there is no file mine.yaml; `tune ls` shows the shipped configurations"],
-    ),
-    "no such configuration, by name": (
-        nothing,
-        ["llama3/8B_lroa"],
-        ["--config: 'llama3/8B_lroa' is neither a file nor a configuration; did you mean llama3/8B_lora?"],
-    ),
-    "a folder for a configuration": (
-        nothing,
-        ["model"],
-        ["--config: 'model' is neither a file nor a configuration; `tune ls` shows the configurations"],
-    ),
-    "no model": (
-        nothing,
-        ["run.yaml", "model.path=modle"],
-        ["model.path: the folder modle does not exist: . has no modle; did you mean model?"],
-    ),
-    "a path that ends early": (
-        nothing,
-        ["run.yaml", "model.path=models/llama"],
-        ["model.path: the folder models/llama does not exist: . has no models; did you mean model?"],
-    ),
-    "no config.json": (
-        lacks("config.json"),
-        ["run.yaml"],
-        [f"model.path: model has no config.json; found: model.safetensors, tokenizer.json, {SETTINGS}; {REMEDY}"],
-    ),
-    "no tokenizer": (
-        lacks("tokenizer.json"),
-        ["run.yaml"],
-        [f"model.path: model has no tokenizer.json; found: config.json, model.safetensors, {SETTINGS}; {REMEDY}"],
-    ),
-    "no weights": (
-        lacks("model.safetensors"),
-        ["run.yaml"],
-        [
-            "model.path: model has no model.safetensors and no model.safetensors.index.json; "
-            "give the safetensors files too"
-        ],
-    ),
-    "a damaged config.json": (
-        damaged("config.json"),
-        ["run.yaml"],
-        [
-            "model.path: model/config.json cannot be read: Expecting property name enclosed in double quotes: "
-            "line 1 column 2 (char 1)"
-        ],
-    ),
-    "no data": (
-        nothing,
-        ["run.yaml", "dataset.path=dat.jsonl"],
-        ["dataset.path: dat.jsonl does not exist: . has no dat.jsonl; did you mean data.jsonl?"],
-    ),
-    "no held-out data": (
-        nothing,
-        ["run.yaml", "validation.path=elsewhere/v.jsonl"],
-        [
-            "validation.path: elsewhere/v.jsonl does not exist: . has no elsewhere; "
-            "there are: data.jsonl, model, run.yaml"
-        ],
-    ),
-    "several at once": (
-        lacks("tokenizer.json"),
-        ["run.yaml", "dataset.path=a.jsonl", "dataset.mixture=[{path: b.jsonl}]"],
-        [
-            f"model.path: model has no tokenizer.json; found: config.json, model.safetensors, {SETTINGS}; {REMEDY}",
-            "dataset.path: a.jsonl does not exist: . has no a.jsonl; did you mean data.jsonl?",
-            "dataset.mixture.0.path: b.jsonl does not exist: . has no b.jsonl; did you mean data.jsonl?",
-        ],
-    ),
-}
-
-
-@pytest.mark.parametrize("case", MISSING)
-def test_a_missing_file_is_told_before_anything_starts(
-    case: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    prepare, words, expected = MISSING[case]
-    monkeypatch.chdir(tmp_path)
-    write_llama(tmp_path / "model")
-    (tmp_path / "data.jsonl").write_text("{}\n")
-    (tmp_path / "run.yaml").write_text("model: {path: model}\ndataset: {path: data.jsonl}\noutput_dir: out\n")
-    prepare(tmp_path)
-    assert told(capsys, "run", "lora_finetune_single_device", "--config", *words) == expected
-    assert not (tmp_path / "out").exists()
 
 
 # --- all at once ---
 
 
-def test_all_problems_of_a_file_are_told_in_one_go(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_all_problems_of_a_file_are_told_in_one_go(tmp_path: Path, told: Told) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(
         "metod: LoRA\n"
@@ -391,7 +264,7 @@ def test_all_problems_of_a_file_are_told_in_one_go(tmp_path: Path, capsys: pytes
         "training: {epochs: 0, cpu_offload: true, optimizer: AdamW8bit}\n"
         "optimizer: {lr: 3e-4}\n"
     )
-    assert told(capsys, "validate", str(path)) == [
+    assert told("validate", str(path)) == [
         "batch_size: a key of torchtune; here it is training.batch_size",
         "optimizer.lr: a key of torchtune; here it is training.learning_rate",
         "dataset: exactly one of path and repo is required",

@@ -3,12 +3,15 @@
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from functools import cache
 from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
+import yaml
 from cluster_tool import REPOSITORY, ClusterError, default_layout, run
 from kube import Kube
+from tests.integration.chart import CHART, KUBERNETES, Objects
 
 from kubetune_operator import api
 from kubetune_operator.names import OPERATOR_LABEL
@@ -61,6 +64,21 @@ def helm(kube: Kube) -> Command:
         return run([kube.helm_program, "--kubeconfig", kube.config, *words], stdin=stdin, check=False)
 
     return command
+
+
+@pytest.fixture(scope="session")
+def render(helm: Command) -> Callable[..., Objects]:
+    """render(values): what `helm template` makes of them in namespace ops, by kind and name."""
+
+    @cache
+    def rendered(values: str) -> Objects:
+        words = ["template", "kubetune", str(CHART), "--namespace=ops", KUBERNETES, "--values=-"]
+        answer = helm(*words, stdin=values)
+        assert answer.returncode == 0, answer.stderr
+        objects = [document for document in yaml.safe_load_all(answer.stdout) if document]
+        return {(found["kind"], found["metadata"]["name"]): found for found in objects}
+
+    return lambda **values: rendered(json.dumps(values))
 
 
 @pytest.fixture(scope="session")

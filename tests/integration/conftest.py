@@ -116,6 +116,19 @@ def apply(kubectl: Command, crd: str, namespace: str) -> Command:
     return command
 
 
+@pytest.fixture(scope="module")
+def refused(apply: Command) -> Callable[[Object, list[str]], None]:
+    """refused(manifest, lines): asserts that the schema or a rule refuses it, and that kubectl prints these lines."""
+
+    def check(manifest: Object, lines: list[str]) -> None:
+        answer = apply(manifest)
+        shown = lines[0] if len(lines) == 1 else "\n".join(["", *(f"* {line}" for line in lines)])
+        words = f'The FineTuneJob "{manifest["metadata"]["name"]}" is invalid: {shown}'
+        assert (answer.returncode, answer.stderr.strip()) == (1, words)
+
+    return check
+
+
 def merge(base: Object, changes: Object) -> Object:
     """`changes` laid over `base` key by key; None takes a key away."""
     merged = dict(base)

@@ -6,6 +6,7 @@ from typing import get_args
 import pytest
 import yaml
 from cluster_tool import REPOSITORY
+from tests.integration.manifests import resources
 
 from kubetune_contract.config import TargetModule
 from kubetune_contract.presets import preset_names
@@ -21,10 +22,6 @@ BUCKET = {
     "ignorePatterns": ["original/*"],
     "credentialsSecretRef": {"name": "bucket"},
 }
-
-
-def resources(side, name, amount):
-    return {"workers": {"resources": {side: {name: amount}}}}
 
 
 GOOD = {

@@ -35,9 +35,11 @@ demo-clean: .venv/kubetune.stamp ## Remove what the demo made from the cluster; 
 	@$(WITH_CLUSTER) $(PYTHON) examples/demo/run.py --clean
 
 .PHONY: lint
-lint: .venv/kubetune.stamp ## Check format, types, who imports whom, and that generated files are up to date
+lint: .venv/kubetune.stamp ## Check format, length, types, who imports whom, and that generated files are up to date
 	.venv/bin/ruff check
 	.venv/bin/ruff format --check
+	@find benchmarks examples operator tests trainer -name '*.py' -exec wc -l {} + | awk '$$2 != "total" && $$1 > 400 \
+		{ print $$2 ": " $$1 " lines, but 400 are the most: split it by subject"; long = 1 } END { exit long }'
 	.venv/bin/mypy
 	MYPYPATH=tests/cluster .venv/bin/mypy $(filter-out tests/cluster/test_%,$(wildcard tests/cluster/*.py))
 	.venv/bin/lint-imports

@@ -141,16 +141,6 @@ RENDERED = {
         lambda found: container(found)["imagePullPolicy"],
         "Always",
     ),
-    "trainerImage.repository": (
-        {"trainerImage": {"repository": "registry.example/trainer"}},
-        lambda found: variables(found)["KUBETUNE_TRAINER_IMAGE"],
-        "registry.example/trainer:0.1.0",
-    ),
-    "trainerImage.tag": (
-        {"trainerImage": {"tag": "2"}},
-        lambda found: variables(found)["KUBETUNE_TRAINER_IMAGE"],
-        "kubetune-trainer:2",
-    ),
     "replicas": (
         {"replicas": 1},
         lambda found: (
@@ -158,21 +148,6 @@ RENDERED = {
             ("PodDisruptionBudget", "kubetune") in found,
         ),
         (1, False),
-    ),
-    "trainerImage.digest": (
-        {"trainerImage": {"digest": DIGEST}},
-        lambda found: variables(found)["KUBETUNE_TRAINER_IMAGE"],
-        f"kubetune-trainer@{DIGEST}",
-    ),
-    "trainerImage.pullPolicy": (
-        {"trainerImage": {"pullPolicy": "Never"}},
-        lambda found: variables(found)["KUBETUNE_IMAGE_PULL_POLICY"],
-        "Never",
-    ),
-    "trainerImage.pullSecrets": (
-        {"trainerImage": {"pullSecrets": ["one", "two"]}},
-        lambda found: variables(found)["KUBETUNE_IMAGE_PULL_SECRETS"],
-        "one,two",
     ),
     "imagePullSecrets": (
         {"imagePullSecrets": ["one", "two"]},
@@ -189,52 +164,12 @@ RENDERED = {
         ),
         ("team", "team", "team", False),
     ),
-    "settings.hubEndpoint": (
-        {"settings": {"hubEndpoint": "https://hub.example"}},
-        lambda found: variables(found)["KUBETUNE_HUB_ENDPOINT"],
-        "https://hub.example",
-    ),
-    "settings.operatorName": (
-        {"settings": {"operatorName": "second"}},
-        lambda found: variables(found)["KUBETUNE_OPERATOR_NAME"],
-        "second",
-    ),
-    "settings.logLevel": (
-        {"settings": {"logLevel": "DEBUG"}},
-        lambda found: variables(found)["KUBETUNE_LOG_LEVEL"],
-        "DEBUG",
-    ),
-    "extraEnv": (
-        {"extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy"}]},
-        lambda found: variables(found)["HTTPS_PROXY"],
-        "http://proxy",
-    ),
     "crds.enabled": ({"crds": {"enabled": False}}, crd_of, None),
     "crds.keep": ({"crds": {"keep": False}}, annotations, None),
     "rbac.aggregate": (
         {"rbac": {"aggregate": False}},
         lambda found: sorted(name for kind, name in found if kind == "ClusterRole"),
         ["kubetune-ops", "kubetune-ops-tokens"],
-    ),
-    "settings.allowServiceAccounts": (
-        {"settings": {"allowServiceAccounts": ["trainer", "cloud"]}},
-        lambda found: variables(found)["KUBETUNE_ALLOW_SERVICE_ACCOUNTS"],
-        "trainer,cloud",
-    ),
-    "settings.allowHostNetwork": (
-        {"settings": {"allowHostNetwork": True}},
-        lambda found: variables(found)["KUBETUNE_ALLOW_HOST_NETWORK"],
-        "true",
-    ),
-    "settings.allowRdma": (
-        {"settings": {"allowRdma": True}},
-        lambda found: variables(found)["KUBETUNE_ALLOW_RDMA"],
-        "true",
-    ),
-    "settings.stageQueue": (
-        {"settings": {"stageQueue": "small"}},
-        lambda found: variables(found)["KUBETUNE_STAGE_QUEUE"],
-        "small",
     ),
     "progress.auth": (
         {"progress": {"auth": "KeySet"}},
@@ -334,6 +269,49 @@ def test_this_value_does_what_it_says(render, value):
     assert read(render(**values)) == expected
 
 
+VARIABLES = {
+    "trainerImage.repository": (
+        {"trainerImage": {"repository": "registry.example/trainer"}},
+        "KUBETUNE_TRAINER_IMAGE",
+        "registry.example/trainer:0.1.0",
+    ),
+    "trainerImage.tag": ({"trainerImage": {"tag": "2"}}, "KUBETUNE_TRAINER_IMAGE", "kubetune-trainer:2"),
+    "trainerImage.digest": (
+        {"trainerImage": {"digest": DIGEST}},
+        "KUBETUNE_TRAINER_IMAGE",
+        f"kubetune-trainer@{DIGEST}",
+    ),
+    "trainerImage.pullPolicy": ({"trainerImage": {"pullPolicy": "Never"}}, "KUBETUNE_IMAGE_PULL_POLICY", "Never"),
+    "trainerImage.pullSecrets": (
+        {"trainerImage": {"pullSecrets": ["one", "two"]}},
+        "KUBETUNE_IMAGE_PULL_SECRETS",
+        "one,two",
+    ),
+    "settings.hubEndpoint": (
+        {"settings": {"hubEndpoint": "https://hub.example"}},
+        "KUBETUNE_HUB_ENDPOINT",
+        "https://hub.example",
+    ),
+    "settings.operatorName": ({"settings": {"operatorName": "second"}}, "KUBETUNE_OPERATOR_NAME", "second"),
+    "settings.logLevel": ({"settings": {"logLevel": "DEBUG"}}, "KUBETUNE_LOG_LEVEL", "DEBUG"),
+    "extraEnv": ({"extraEnv": [{"name": "HTTPS_PROXY", "value": "http://proxy"}]}, "HTTPS_PROXY", "http://proxy"),
+    "settings.allowServiceAccounts": (
+        {"settings": {"allowServiceAccounts": ["trainer", "cloud"]}},
+        "KUBETUNE_ALLOW_SERVICE_ACCOUNTS",
+        "trainer,cloud",
+    ),
+    "settings.allowHostNetwork": ({"settings": {"allowHostNetwork": True}}, "KUBETUNE_ALLOW_HOST_NETWORK", "true"),
+    "settings.allowRdma": ({"settings": {"allowRdma": True}}, "KUBETUNE_ALLOW_RDMA", "true"),
+    "settings.stageQueue": ({"settings": {"stageQueue": "small"}}, "KUBETUNE_STAGE_QUEUE", "small"),
+}
+
+
+@pytest.mark.parametrize("value", VARIABLES)
+def test_this_value_becomes_a_variable_of_the_operator(render, value):
+    values, name, expected = VARIABLES[value]
+    assert variables(render(**values))[name] == expected
+
+
 NUMBERS = {
     "resyncSeconds": 30,
     "restartBackoffSeconds": 0,
@@ -348,7 +326,7 @@ NUMBERS = {
 
 
 def test_every_value_has_a_case():
-    tested = set(RENDERED) | {f"settings.{name}" for name in NUMBERS}
+    tested = set(RENDERED) | set(VARIABLES) | {f"settings.{name}" for name in NUMBERS}
     assert tested == set(LEAVES)
 
 

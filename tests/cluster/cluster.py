@@ -3,6 +3,7 @@
 
 up            start what is not running, repair what is broken (as often as you like)
 down          stop everything and leave nothing behind; volumes of the cluster go too, caches stay
+stop NAME     stop one component, such as kube-apiserver; `up` starts it again
 status        one line per component; exit code 0 only if all is well
 kubeconfig    print the path of the administrator's kubeconfig
 env           print shell lines that put kubectl, helm and the kubeconfig in place: eval "$(cluster.py env)"
@@ -33,7 +34,7 @@ import teardown
 import toolchain
 import venv_setup
 from layout import Layout, default_layout
-from process import Component, find
+from process import Component, find, stop
 from shell import POLL_SECONDS, ClusterError, which
 from steps import Plan, describe
 
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     begin.add_argument("--images", action="store_true", help="also build and push the images")
     end = command("down", run=down)
     end.add_argument("--purge-cache", action="store_true", help="also remove binaries, images and layers")
+    command("stop", run=stop_component).add_argument("component", metavar="NAME")
     command("status", run=status)
     command("kubeconfig", run=show_kubeconfig)
     command("env", run=show_environment)
@@ -149,6 +151,21 @@ def down(layout: Layout, arguments: argparse.Namespace) -> int:
         plan = Plan()
         teardown.add_steps(plan, layout, purge_cache=arguments.purge_cache)
         plan.run()
+    return 0
+
+
+def stop_component(layout: Layout, arguments: argparse.Namespace) -> int:
+    """Stop one component and leave the others alone."""
+    if context := start.external_context():
+        raise ClusterError(f"KUBE_CONTEXT names {context}, whose components are not ours to stop: unset it")
+    components = node.components(layout)
+    wanted = components.get(arguments.component)
+    if wanted is None:
+        raise ClusterError(f"there is no component {arguments.component}: there are {', '.join(components)}")
+    become_root()
+    with locked(layout):
+        if pid := find(layout, wanted):
+            stop(pid)
     return 0
 
 

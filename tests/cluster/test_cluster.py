@@ -139,6 +139,20 @@ def test_an_unknown_subcommand_is_refused_with_the_choices(environment: dict[str
     assert "build-images" in done.stderr
 
 
+STOPS = {
+    "a component that there is not": ({}, "kubelets", "there is no component kubelets: there are registry, etcd, "),
+    "another cluster's": ({"KUBE_CONTEXT": "lab"}, "kubelet", "KUBE_CONTEXT names lab, whose components are not ours"),
+}
+
+
+@pytest.mark.parametrize("case", STOPS)
+def test_only_an_own_component_is_stopped(environment: dict[str, str], case: str) -> None:
+    more, name, words = STOPS[case]
+    done = tool({**environment, **more}, "stop", name)
+    assert done.returncode == 1
+    assert words in done.stderr
+
+
 @pytest.mark.parametrize(("name", "expected"), [("KUBE_CONTEXT", "lab"), ("OTHER", None)])
 def test_an_empty_context_means_the_embedded_cluster(
     monkeypatch: pytest.MonkeyPatch, name: str, expected: str | None

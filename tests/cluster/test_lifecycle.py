@@ -183,6 +183,16 @@ def test_a_second_up_restarts_nothing(running: Sandbox) -> None:
     assert pids(running) == first
 
 
+def test_a_stopped_component_is_started_again_by_up_and_the_others_are_left_alone(running: Sandbox) -> None:
+    first = pids(running)
+    code, out = running.tool("stop", "kube-apiserver")
+    assert code == 0, out
+    assert set(first) - set(pids(running)) == {"kube-apiserver"}
+    up(running)
+    second = pids(running)
+    assert {name for name, pid in second.items() if first[name] != pid} == {"kube-apiserver"}
+
+
 def test_kubectl_is_the_version_of_the_servers(running: Sandbox) -> None:
     versions = [line.split()[-1] for line in kubectl(running, "version").splitlines() if "Kustomize" not in line]
     assert len(versions) == 2

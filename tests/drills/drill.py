@@ -17,6 +17,9 @@ def submit(scene: "Scene") -> None:
     scene.submit()
 
 
+OPERATOR = "operator"
+API_SERVER = "kube-apiserver"
+"""What may be away."""
 MAIN = "main"
 """The operator of most drills, and the namespace with the volumes."""
 
@@ -34,6 +37,8 @@ class Seen:
     """The condition's status, where it matters beside the reason."""
     also: Callable[[Object], bool] = lambda _: True
     """What else must be true of the status at that moment."""
+    anew: bool = False
+    """Whether it must be written after what was done: what was there before does not count."""
 
     def fits(self, job: Object | None) -> bool:
         """Whether the FineTuneJob is where it must be."""
@@ -75,14 +80,16 @@ class Act:
 
 @dataclass(frozen=True)
 class Outage:
-    """The operator is stopped in the middle of a drill. All drills with one share it: theirs is the same moment."""
+    """Something is stopped in the middle of a drill. All drills with one share it: theirs is the same moment."""
 
     lead: tuple[Step, ...]
     """What is done before."""
     meanwhile: tuple[Step, ...] = ()
-    """What is done while no operator runs. The acts follow; the first one's time counts from its start."""
+    """What is done while it is away. The acts follow; the first one's time counts from its start."""
     brief: bool = False
     """Whether the stage that the lead leads to passes soon: such leads come last."""
+    of: str = OPERATOR
+    """OPERATOR, or API_SERVER of the embedded cluster."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Drills: what happens while no operator runs. Its successor finds all of it in the objects themselves."""
+"""Drills: what happens while no operator runs, or no API server. All of it is found in the objects afterwards."""
 
-from tests.drills.drill import Act, Drill, Gone, Object, Outage, Seen, Step, submit
+from tests.drills.drill import API_SERVER, Act, Drill, Gone, Object, Outage, Seen, Step, submit
 from tests.drills.fetching import half_way, hub
 from tests.drills.lifecycle import DONE, SUSPENDED
 from tests.drills.scene import Scene
@@ -13,11 +13,14 @@ from tests.drills.steps import (
     holds,
     kill,
     kubectl,
+    note_operator,
     nothing_held,
+    only_left_the_lead,
     remove,
     resume,
     staging_done,
     state,
+    still,
     suspend,
     workers_end,
 )
@@ -67,6 +70,21 @@ CLOSED_WELL, open_well = gate("away-starting")
 CLOSED_BADLY, open_badly = gate("away-error")
 
 DRILLS = (
+    Drill(
+        "api-server-away",
+        "while the job trains",
+        (
+            Act(
+                "`kube-apiserver` stopped, and started again; the job trains all the while",
+                Seen("Running", "Running", "Running", ("Attempt 1: 1 of 1 worker running",), anew=True),
+                seconds=240,
+            ),
+        ),
+        spec=LONG,
+        after=(still("Running"), counted(attempt=1, restarts=0, disruptions=0), only_left_the_lead),
+        topic="The API server is away",
+        outage=Outage((submit, checkpoint(20), note_operator), of=API_SERVER),
+    ),
     away(
         "away-pending",
         "before the job is submitted",

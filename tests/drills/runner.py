@@ -1,4 +1,4 @@
-"""Runs drills side by side and notes what was seen. Those that need the operator to be away share one outage."""
+"""Runs drills side by side and notes what was seen. Those that need something to be away share one outage of it."""
 
 import sys
 import traceback
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from cluster_tool import ClusterError
-from tests.drills.drill import Act, Drill, Gone, Object, Refused, condition_of
+from tests.drills.drill import API_SERVER, OPERATOR, Act, Drill, Gone, Object, Refused, condition_of
 from tests.drills.scene import Scene
 from tests.drills.site import Site
 
@@ -45,16 +45,17 @@ Done = Callable[[Report], object]
 
 
 def run(site: Site, drills: Iterable[Drill], done: Done = lambda _: None) -> list[Report]:
-    """Run the drills; the reports are in their order. What stands still goes beside what trains; then the outage."""
+    """Run the drills; the reports are in their order. What stands still goes beside what trains; then outages."""
     drills = list(drills)
     reports = {drill.name: Report(drill) for drill in drills}
     plain = [drill for drill in drills if drill.outage is None]
     with ThreadPoolExecutor(TRAINING) as slow, ThreadPoolExecutor(WAITING) as quick:
         for drill in plain:
             (slow if drill.trains else quick).submit(_carry_out, site, reports[drill.name], done)
-    during = [drill for drill in drills if drill.outage is not None]
-    if during:
-        _with_outage(site, [reports[drill.name] for drill in during], done)
+    for away in (API_SERVER, OPERATOR):
+        during = [reports[drill.name] for drill in drills if drill.outage is not None and drill.outage.of == away]
+        if during:
+            _with_outage(site, away, during, done)
     return list(reports.values())
 
 
@@ -81,7 +82,7 @@ def _perform_all(report: Report, scene: Scene, since: float | None) -> None:
     _do(report.drill.after, scene)
 
 
-def _with_outage(site: Site, reports: Sequence[Report], done: Done) -> None:
+def _with_outage(site: Site, away: str, reports: Sequence[Report], done: Done) -> None:
     scenes = [Scene(site, report.drill) for report in reports]
     pairs = list(zip(reports, scenes, strict=True))
 
@@ -102,9 +103,9 @@ def _with_outage(site: Site, reports: Sequence[Report], done: Done) -> None:
 
     for brief in (False, True):
         together(lead, [pair for pair in pairs if pair[0].drill.outage and pair[0].drill.outage.brief is brief])
-    site.scale_operator(0)
+    site.take_away(away)
     together(meanwhile)
-    began = site.scale_operator(1)
+    began = site.bring_back(away)
     together(lambda report, scene: _acts(report, scene, began))
     for report in reports:
         done(report)
@@ -127,7 +128,7 @@ def _perform(scene: Scene, act: Act, since: float | None) -> Row:
             return Row(scene.drill, act, "", "", scene.refusal, scene.site.now() - began)
         case Gone():
             return Row(scene.drill, act, "gone", "", "", _until_gone(scene, act, began) - began)
-    sight = scene.site.jobs_of_users.seen(scene.key, act.seen.fits, began, act.seconds)
+    sight = scene.site.jobs_of_users.seen(scene.key, act.seen.fits, began, act.seconds, act.seen.anew)
     assert sight is not None, f"{act.done}: not seen within {act.seconds:.0f} s; {scene.refusal}{scene.told()}"
     assert sight.object is not None
     status: Object = sight.object["status"]

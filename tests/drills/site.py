@@ -1,6 +1,7 @@
 """What the drills need on the cluster: operators, namespaces, volumes with models and data, a model hub."""
 
 import json
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -9,14 +10,15 @@ from typing import Any
 
 import run as demo
 import yaml
-from cluster_tool import REPOSITORY, Layout, Plan
+from cluster_tool import REPOSITORY, Layout, Plan, run
 from kube import Kube
-from tests.drills.drill import MAIN, Drill, Object
+from tests.drills.drill import MAIN, OPERATOR, Drill, Object
 from tests.drills.watch import Watch
 from volumes_pod import POD, USER, VolumesPod
 
 from kubetune_operator.names import ROLE_LABEL
 
+TOOL = (sys.executable, REPOSITORY / "tests" / "cluster" / "cluster.py")
 HUB_PORT = 8000
 NODE_PORT = 30808
 """The hub's port on the node: the kubelet asks it for an image."""
@@ -141,17 +143,37 @@ class Site:
         self.kube.kubectl("delete", "namespace", *names, "--ignore-not-found")
         self.kube.kubectl("delete", "persistentvolume", f"--selector=drills={self.prefix}", "--ignore-not-found")
 
-    def scale_operator(self, replicas: int) -> float:
-        """Stop or start the main operator and wait until it is so. Returns when that began."""
-        where = ["--namespace", self.system]
-        release = f"--selector=app.kubernetes.io/instance={self.release(MAIN)}"
-        began = self.now()
-        self.kube.kubectl("scale", "deployment", release, f"--replicas={replicas}", *where)
-        if replicas:
-            self.kube.kubectl("rollout", "status", "deployment", release, *where, "--timeout=120s")
+    def take_away(self, what: str) -> None:
+        """Stop the main operator, or the API server, and wait until it is so."""
+        if what == OPERATOR:
+            self.kube.kubectl("scale", "deployment", *self._main, "--replicas=0")
+            self.kube.kubectl("wait", "--for=delete", "pod", *self._main, "--timeout=120s")
         else:
-            self.kube.kubectl("wait", "--for=delete", "pod", release, *where, "--timeout=120s")
+            run([*TOOL, "stop", what])
+
+    def bring_back(self, what: str) -> float:
+        """Start it again and wait until it is so. Returns when that began."""
+        began = self.now()
+        if what == OPERATOR:
+            self.kube.kubectl("scale", "deployment", *self._main, "--replicas=1")
+            self.kube.kubectl("rollout", "status", "deployment", *self._main, "--timeout=120s")
+        else:
+            run([*TOOL, "up"])
         return began
+
+    def operator_lives(self) -> Object:
+        """Of each pod of the main operator: how often its container was started again, and its last exit code."""
+        pods = json.loads(self.kube.kubectl("get", "pods", *self._main, "--output=json"))["items"]
+        containers = {pod["metadata"]["name"]: pod["status"]["containerStatuses"][0] for pod in pods}
+        return {
+            name: (found["restartCount"], found.get("lastState", {}).get("terminated", {}).get("exitCode"))
+            for name, found in containers.items()
+        }
+
+    @property
+    def _main(self) -> list[str]:
+        """Where the main operator's deployment and pods are."""
+        return [f"--selector=app.kubernetes.io/instance={self.release(MAIN)}", "--namespace", self.system]
 
     @staticmethod
     def now() -> float:

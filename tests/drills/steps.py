@@ -7,6 +7,8 @@ from typing import Any
 from tests.drills.drill import Object, Step, condition_of
 from tests.drills.scene import PATIENCE, Scene, active, is_ready
 
+from kubetune_operator.__main__ import LOST
+
 LONG: Object = {"training": {"maxSteps": 20000}, "checkpoint": {"everySteps": 20}}
 """Of a job that runs until the drill is over."""
 KILL = """
@@ -231,6 +233,22 @@ def still(state_name: str, seconds: float = 5) -> Step:
         assert sight is None, f"{state_name} did not last: {scene.told()}"
 
     return check
+
+
+def note_operator(scene: Scene) -> None:
+    """Keep in mind which pods the operator has, and how often they were started."""
+    scene.notes["operator"] = scene.site.operator_lives()
+
+
+def only_left_the_lead(scene: Scene) -> None:
+    """The operator's pods are those that were noted. What was started anew had ended by itself, for want of its Lease.
+
+    A container that its liveness probe ends gets SIGTERM, upon which the operator exits with 0.
+    """
+    before, now = scene.notes["operator"], scene.site.operator_lives()
+    assert set(now) == set(before), f"pods {sorted(now)} in place of {sorted(before)}"
+    ended = {name: code for name, (starts, code) in now.items() if starts != before[name][0]}
+    assert set(ended.values()) <= {LOST}, f"the operator's exit codes are {ended}"
 
 
 def event(reason: str, most: int = 1) -> Step:

@@ -25,9 +25,9 @@ HEAD = """\
 What happens when something goes wrong, or when somebody interferes, as it was seen on a real node: `make drills` does
 all of this on the cluster, with the chart installed, and writes this page.
 
-The seconds count from the last thing that was done (or from the start of the operator, where it was away) until the
-FineTuneJob said so. They are those of a node with two cores on which other drills ran at the same time, and of an
-operator with these settings: {settings}.
+The seconds count from the last thing that was done (or from the start of what was away) until the FineTuneJob said so.
+They are those of a node with two cores on which other drills ran at the same time, and of an operator with these
+settings: {settings}.
 
 The message is that of the condition which the state comes with; only its first words stand here. A drill that did not
 end as it must when it last ran has a row that says so.

@@ -74,18 +74,21 @@ class Watch:
                     raise TooLate(f"{what}: not within {seconds:.0f} s")
             return found
 
-    def seen(self, key: Key, reached: Callable[[Object | None], bool], since: float, seconds: float) -> Sight | None:
+    def seen(
+        self, key: Key, reached: Callable[[Object | None], bool], since: float, seconds: float, anew: bool = False
+    ) -> Sight | None:
         """The first sight of an object at or after `since` that is as it should be; None when the time is over.
 
-        Whatever was there for a moment only is found too.
+        Whatever was there for a moment only is found too. What held at `since` counts unless it must come `anew`.
         """
         deadline = time.monotonic() + seconds
         looked = 0
         with self._changed:
             while True:
                 sights = self._history[key]
+                before = sum(sight.at <= since for sight in sights)
                 # What held at `since` is the last sight before it.
-                first = max((place for place, sight in enumerate(sights) if sight.at <= since), default=0)
+                first = before if anew else max(0, before - 1)
                 for sight in sights[max(first, looked) :]:
                     if reached(sight.object):
                         return Sight(max(sight.at, since), sight.object)

@@ -126,7 +126,8 @@ def record(area: Area, figures: dict[str, Figure], tables: dict[str, Table] | No
 def page() -> str:
     """docs/benchmarks.md."""
     parts = [_HEAD]
-    for area, title in (("trainer", "The trainer"), ("operator", "The operator")):
+    areas: tuple[tuple[Area, str], ...] = (("trainer", "The trainer"), ("operator", "The operator"))
+    for area, title in areas:
         results = read(area)
         parts += [f"## {title}\n", *_aims(AIMS[area], results)]
         for key in sorted(results.tables):

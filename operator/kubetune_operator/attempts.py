@@ -1,8 +1,10 @@
 """The training phase: one gang of workers at a time, restarted as a whole. Pure."""
 
+from datetime import datetime
 from typing import Final
 
 from kubetune_operator.api import WorkersStatus
+from kubetune_operator.asking import ask_again, conflict, refused
 from kubetune_operator.build import config_map, run_config, service, worker_job
 from kubetune_operator.changes import changed, gang
 from kubetune_operator.deadlines import NO_REPORTS
@@ -111,10 +113,9 @@ def _wait_or_create(turn: Decision, ca_pem: str, blocked: bool) -> None:
     if due is None or turn.now >= due:
         turn.waiting_for = "Started"
     if turn.observed.conflict is not None:
-        turn.condition("Started", False, "NameConflict", turn.observed.conflict, event="Warning")
-        turn.look_again(turn.settings.restart_backoff_seconds)
+        conflict(turn, "Started", turn.observed.conflict)
     if turn.observed.refused is not None:
-        turn.refused("Started", turn.observed.refused)
+        refused(turn, "Started", turn.observed.refused)
         if is_finished(turn.status):
             return
     if due is not None and turn.now < due:
@@ -206,13 +207,12 @@ def _take_report(turn: Decision) -> None:
 def _say_starting(turn: Decision, child: Manifest, pods: list[Manifest], up: int) -> None:
     count = f"{up} of {counted(turn.job.spec.workers.nodes, 'worker')} run"
     turn.waiting_for = "Started"
+    if turn.observed.conflict is not None:
+        conflict(turn, "Started", turn.observed.conflict)
+        return
     if any(condition(pod, "PodScheduled") is not None and not is_ready(pod) for pod in pods):
         turn.trust(STARTING_SECONDS)
         turn.look_again(STARTING_SECONDS)
-    if turn.observed.conflict is not None:
-        turn.condition("Started", False, "NameConflict", turn.observed.conflict, event="Warning")
-        turn.look_again(turn.settings.restart_backoff_seconds)
-        return
     problem = turn.obstacle(child, turn.job.spec.workers.nodes, pods)
     if problem is not None:
         turn.blocked("Started", problem, f"{count}: ")
@@ -239,10 +239,15 @@ def _say_running(turn: Decision, pods: list[Manifest]) -> None:
     message = f"Attempt {attempt}: {running} running" + (f", {done} done." if done else ".")
     if turn.observed.conflict is not None:
         message += f" {ended(turn.observed.conflict)}"
-        turn.look_again(turn.settings.restart_backoff_seconds)
+        ask_again(turn, _up_since(turn))
     if turn.job.spec.failure_policy.progress_deadline_seconds and turn.settings.progress_url is None:
         message += f" {NO_REPORTS}."
     turn.condition("Running", True, "Running", message, event=relief)
+
+
+def _up_since(turn: Decision) -> datetime | None:
+    started = find(turn.status, "Started")
+    return started.last_transition_time if started is not None else None
 
 
 def _suspend(turn: Decision, child: Manifest) -> None:

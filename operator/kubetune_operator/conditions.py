@@ -74,7 +74,7 @@ OBSTACLES: Final = (
     Reason(
         "NameConflict",
         "An object of a name that the job needs is there and is not the job's. It is left alone.",
-        "Delete it, or give the job another name. It is tried again every few seconds.",
+        "Delete it, or give the job another name. It is tried again, ever more seldom.",
     ),
 )
 """What keeps pods from starting. The job waits, or fails when `failurePolicy.startupDeadlineSeconds` are over."""

@@ -7,6 +7,7 @@ the job: reports that no operator was there to hear are not held against it.
 from datetime import datetime, timedelta
 from typing import Final
 
+from kubetune_operator.asking import waiting_since
 from kubetune_operator.decision import Decision
 from kubetune_operator.diagnosis import Cause, Ending, Manifest, ended, is_decided, is_deleting
 from kubetune_operator.status import active_seconds, clock_stopped, counted, find, is_finished, seconds_of
@@ -61,9 +62,7 @@ def _startup(turn: Decision) -> None:
     if kind is None:
         turn.set(waiting_since=None)
         return
-    since, staged = turn.status.waiting_since or seconds_of(turn.now), find(turn.status, "Staged")
-    if kind == "Started" and staged is not None:
-        since = max(since, staged.last_transition_time)  # the wait for the staging pod was another one
+    since = waiting_since(turn, kind) or seconds_of(turn.now)
     turn.set(waiting_since=since)
     if limit is None or not _is_due(turn, since, limit):
         return

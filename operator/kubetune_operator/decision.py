@@ -294,14 +294,6 @@ class Decision:
         reason, told = disruption(pod, self.observed.events, "must leave")
         return reason, ended(told[0].upper() + told[1:])
 
-    def refused(self, kind: ConditionType, found: Obstacle) -> None:
-        """Say why the API server refuses a child, and try again later; end the job if only another spec can help."""
-        if found.reason == "InvalidConfig":
-            self.fail(found.reason, found.told[0].upper() + found.told[1:])
-            return
-        self.blocked(kind, found)
-        self.look_again(self.settings.restart_backoff_seconds)
-
     def _grace_is_over(self, found: Obstacle) -> bool:
         since = found.since or self.now
         left = (since - self.now).total_seconds() + self.settings.volume_grace_seconds

@@ -86,9 +86,10 @@ class Settings(ContractModel):
     resync_seconds: float = Field(default=300, gt=0)
     """Seconds between two full passes over all FineTuneJobs."""
     restart_backoff_seconds: float = Field(default=10, ge=0)
-    """Wait before the first restart after a crash, in seconds; it doubles with each further crash."""
+    """Wait before the first restart after a crash, in seconds; it doubles with each further crash. What the API server
+    refuses is asked for again after as long, and then as long as it has lasted."""
     restart_backoff_max_seconds: float = Field(default=300, ge=0)
-    """Longest wait before a restart, in seconds."""
+    """Longest wait before a restart, or before what was refused is asked for again, in seconds."""
     volume_grace_seconds: float = Field(default=15, ge=0)
     """Seconds that a claim may be missing before the job fails."""
     lost_node_grace_seconds: float = Field(default=60, ge=0)

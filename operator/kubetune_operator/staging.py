@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 from kubetune_contract.staging import StagedData, StagedModel
 from kubetune_operator import memory
 from kubetune_operator.api import FineTuneJob
+from kubetune_operator.asking import conflict, refused
 from kubetune_operator.contents import Content, contents
 from kubetune_operator.decision import Decision, StageView
 from kubetune_operator.diagnosis import (
@@ -201,11 +202,10 @@ def _say(turn: Decision, steps: Sequence[Step], total: int) -> None:
     if any(step.waits for step in steps):
         turn.waiting_for = "Staged"
     if turn.observed.conflict is not None and any(step.created for step in steps):
-        turn.condition("Staged", False, "NameConflict", turn.observed.conflict, event="Warning")
-        turn.look_again(turn.settings.restart_backoff_seconds)
+        conflict(turn, "Staged", turn.observed.conflict)
         return
     if turn.observed.refused is not None and any(step.created for step in steps):
-        turn.refused("Staged", turn.observed.refused)
+        refused(turn, "Staged", turn.observed.refused)
         return
     problem = next((step.obstacle for step in steps if step.obstacle is not None), None)
     if problem is not None:

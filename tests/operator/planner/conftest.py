@@ -12,6 +12,7 @@ from kubetune_contract.staging import StagedModel
 from kubetune_operator.conditions import is_known
 from kubetune_operator.contents import contents
 from kubetune_operator.decision import StageView
+from kubetune_operator.obstacles import Obstacle
 from kubetune_operator.plan import Observed, Plan, plan
 
 Object = dict[str, Any]
@@ -65,6 +66,7 @@ class World:
         self.gone: list[Object] = []
         self.report: ProgressReport | None = None
         self.conflict: str | None = None
+        self.refused: Obstacle | None = None
         self.reports_since: datetime | None = None
         self.events: Object = {}
 
@@ -217,6 +219,7 @@ class World:
             progress=self.report,
             reports_since=self.reports_since,
             conflict=self.conflict,
+            refused=self.refused,
             events=self.events,
         )
 

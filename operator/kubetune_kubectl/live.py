@@ -76,7 +76,7 @@ def _title(job: Job, now: datetime) -> Text:
         title.append(f"  {age(job.status.start_time, until)}")
     if job.status.attempt > 1:
         title.append(f"  attempt {job.status.attempt}", style="yellow")
-        title.append(f" ({job.status.restarts} after crashes, {job.status.disruptions} after evictions)", style="dim")
+        title.append(f" ({job.status.restarts} after crashes, {job.status.disruptions} after disruptions)", style="dim")
     return title
 
 

@@ -107,7 +107,7 @@ def facts(job: Job, now: datetime) -> list[tuple[str, str]]:
     """Name and value of what the status says besides its conditions."""
     status, rows = job.status, [("age", age(job.created, now))]
     if status.attempt:
-        counts = f"{status.restarts} after crashes, {status.disruptions} after evictions"
+        counts = f"{status.restarts} after crashes, {status.disruptions} after disruptions"
         rows.append(("attempt", f"{status.attempt}  (restarts: {counts})"))
     if status.next_attempt_time is not None:
         rows.append(("next attempt", f"at {status.next_attempt_time:%H:%M:%S} UTC"))

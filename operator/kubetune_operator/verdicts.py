@@ -70,7 +70,7 @@ def _restart(turn: Decision, why: Ending, disrupted: bool) -> None:
     turn.set(restarts=before.restarts + (not disrupted), disruptions=before.disruptions + disrupted)
     origin = next_attempt(turn)
     turn.set(next_attempt_time=due)
-    count = "an eviction is not counted" if disrupted else f"restart {before.restarts + 1} of {limit}"
+    count = "a disruption is not counted" if disrupted else f"restart {before.restarts + 1} of {limit}"
     words = why.told(f"Attempt {turn.status.attempt} starts {origin} at {clock(due)} ({count}).")
     turn.withdraw("Running", why.reason, why.told())
     turn.condition("Started", False, "Restarting", words, event="Warning")

@@ -183,7 +183,7 @@ DRILLS = (
         "a worker is evicted",
         (
             restarts(
-                ("Worker 0 had to leave node", "EvictionByEvictionAPI", "an eviction is not counted"),
+                ("Worker 0 had to leave node", "EvictionByEvictionAPI", "a disruption is not counted"),
                 "evicted through the API, as `kubectl drain` does",
                 holds("Running"),
                 evict,
@@ -200,7 +200,7 @@ DRILLS = (
         "a pod of higher priority takes the worker's place",
         (
             restarts(
-                ("Worker 0 had to leave node", "preemptor of a higher priority", "an eviction is not counted"),
+                ("Worker 0 had to leave node", "preemptor of a higher priority", "a disruption is not counted"),
                 "a pod of higher priority created that needs what only the worker has",
                 holds("Running"),
                 make(lambda _: PRIORITY),
@@ -296,7 +296,7 @@ DRILLS = (
         "a node is removed from the cluster",
         (
             restarts(
-                ("Worker 0", "DeletionByPodGC", "an eviction is not counted"),
+                ("Worker 0", "DeletionByPodGC", "a disruption is not counted"),
                 "the Node object (one without a kubelet) under the pod deleted",
                 all_pending(),
                 comes_up_on_it,

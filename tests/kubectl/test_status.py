@@ -69,7 +69,7 @@ def test_all_that_is_known_of_a_finished_job(replay, kubectl, page):
     assert lines[0] == "kubetune-plugin/two  Succeeded"
     assert [line.split()[0] for line in lines[4:8]] == ["Staged", "Started", "Running", "Succeeded"]
     facts = {line[:18].strip(): line[18:].strip() for line in lines[9:]}
-    assert facts["attempt"] == "1  (restarts: 0 after crashes, 0 after evictions)"
+    assert facts["attempt"] == "1  (restarts: 0 after crashes, 0 after disruptions)"
     assert facts["workers"] == "2 wanted: 0 ready, 0 active, 0 failed, 2 succeeded"
     assert facts["progress"] == "step 60/60  100%  loss 1.147  1,122 tok/s"
     assert facts["adapter"] == "two-e5582462/adapter"
@@ -94,7 +94,7 @@ def test_what_staging_found_is_shown(replay, kubectl, page):
 def test_a_job_that_waits_for_its_next_attempt_says_when_it_comes(replay, kubectl, page):
     lines = shown(replay, kubectl, page, "restarting")
     assert any(line.split() == ["next", "attempt", "at", "15:12:04", "UTC"] for line in lines)
-    assert any("(restarts: 1 after crashes, 0 after evictions)" in line for line in lines)
+    assert any("(restarts: 1 after crashes, 0 after disruptions)" in line for line in lines)
 
 
 def test_a_failed_job_tells_the_reason_first(replay, kubectl, page):

@@ -68,7 +68,7 @@ def test_a_failed_job_shows_how_its_workers_ended(job, now):
 
 def test_a_later_attempt_is_counted_and_shows_its_own_workers_only(job, now):
     lines = drawn(sight(job, "restarting"), now)
-    assert "attempt 2 (1 after crashes, 0 after evictions)" in lines[0]
+    assert "attempt 2 (1 after crashes, 0 after disruptions)" in lines[0]
     assert not any(line.startswith("worker") for line in lines)
 
 

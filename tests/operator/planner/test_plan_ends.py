@@ -186,7 +186,7 @@ ENDS = [
         "No restart is left: failurePolicy.maxRestarts is 0.",
     ),
     Ends(
-        "an eviction is not counted as a restart and waits the shortest time",
+        "a disruption is not counted as a restart and waits the shortest time",
         lambda world: world.running(3).with_status(restarts=2).evicted(1).fails("PodFailurePolicy", target=True),
         "Restarting",
         4,
@@ -195,7 +195,7 @@ ENDS = [
         10,
         "Worker 1 had to leave its node: an eviction, such as kubectl drain, autoscalers and deschedulers ask for "
         "(EvictionByEvictionAPI: Eviction API). Attempt 4 starts from the beginning at "
-        "12:00:10 UTC (an eviction is not counted).",
+        "12:00:10 UTC (a disruption is not counted).",
     ),
     Ends(
         "an eviction goes on when no restart is left",

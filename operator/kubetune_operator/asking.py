@@ -8,7 +8,7 @@ from datetime import datetime
 from kubetune_operator.api import ConditionType
 from kubetune_operator.decision import Decision
 from kubetune_operator.obstacles import Obstacle
-from kubetune_operator.status import find
+from kubetune_operator.status import find, seconds_of
 
 
 def conflict(turn: Decision, kind: ConditionType, told: str) -> None:
@@ -33,9 +33,9 @@ def ask_again(turn: Decision, since: datetime | None) -> None:
     turn.look_again(min(max(lasted, least), most))
 
 
-def waiting_since(turn: Decision, kind: ConditionType) -> datetime | None:
-    """Since when the pods of that condition are waited for, by the status; None if they were not yet."""
-    since, staged = turn.status.waiting_since, find(turn.status, "Staged")
-    if since is None or kind != "Started" or staged is None:
-        return since
-    return max(since, staged.last_transition_time)  # the wait for the staging pod was another one
+def waiting_since(turn: Decision, kind: ConditionType) -> datetime:
+    """Since when the pods of that condition are waited for, by the status; now if they were not yet."""
+    since, staged = turn.status.waiting_since or seconds_of(turn.now), find(turn.status, "Staged")
+    if kind == "Started" and staged is not None:
+        since = max(since, staged.last_transition_time)  # the wait for the staging pod was another one
+    return since

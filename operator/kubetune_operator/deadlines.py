@@ -62,7 +62,7 @@ def _startup(turn: Decision) -> None:
     if kind is None:
         turn.set(waiting_since=None)
         return
-    since = waiting_since(turn, kind) or seconds_of(turn.now)
+    since = waiting_since(turn, kind)
     turn.set(waiting_since=since)
     if limit is None or not _is_due(turn, since, limit):
         return

@@ -63,6 +63,8 @@ class Reconciler:
         self._events = EventBook(cluster.read_events)
         self._reports_since: datetime | None = None
         self._gathering = Gathering(settings.progress_write_seconds)
+        self._ca: tuple[tuple[int, int, int], str] | None = None
+        """The text of `ca_file`, and the file (inode, time, size) that it was read from."""
 
     async def reconcile(self, key: str) -> float | None:
         """Observe, plan, act, write. Returns after how many seconds time alone may change the plan.
@@ -160,8 +162,15 @@ class Reconciler:
         return any(self._store.needs_staging(job.namespace, owner) for owner in others)
 
     def _ca_pem(self) -> str:
+        """The authority's certificates, read again only when the file is another one: each plan needs them."""
         file = self._settings.ca_file
-        return file.read_text() if file is not None else ""
+        if file is None:
+            return ""
+        found = file.stat()
+        seen = (found.st_ino, found.st_mtime_ns, found.st_size)
+        if self._ca is None or self._ca[0] != seen:
+            self._ca = (seen, file.read_text())
+        return self._ca[1]
 
     async def _is_current(self, body: Manifest) -> bool:
         """Whether the plan rests on the newest body. A Job is created for nothing less."""

@@ -32,6 +32,49 @@ async def test_a_staged_job_gets_its_children_then_its_status(stage, staged_body
     assert stage.api.writes[0][2]["data"]["ca.crt"] == "PEM"
 
 
+def mounted(folder, serial, text):
+    """What the kubelet does with a Secret: a new folder, and a link that points to it at once."""
+    (folder / str(serial)).mkdir()
+    (folder / str(serial) / "ca.crt").write_text(text)
+    (folder / "next").symlink_to(str(serial))
+    (folder / "next").rename(folder / "..data")
+
+
+def rewritten(folder, serial, text):
+    """What others do."""
+    (folder / "ca.crt").write_text(text)
+
+
+@pytest.mark.parametrize("renew", [mounted, rewritten])
+async def test_a_renewed_authority_reaches_the_workers_and_is_read_once(
+    stage, staged_body, job, attempt_job, tmp_path, monkeypatch, renew
+):
+    stage = await stage(staged_body())
+    authority = tmp_path / "ca.crt"
+    if renew is mounted:
+        authority.unlink()
+        authority.symlink_to("..data/ca.crt")
+        mounted(tmp_path, 1, "PEM")
+    reads = []
+    read = type(authority).read_text
+
+    def counted(path, *arguments, **options):
+        reads.extend([path] if path == authority else [])
+        return read(path, *arguments, **options)
+
+    monkeypatch.setattr(type(authority), "read_text", counted)
+    await stage.reconcile()
+    stage.add(stage.cluster.jobs, attempt_job(job(), 1))
+    for _ in range(3):
+        await stage.reconcile()
+    assert reads == [authority]
+    renew(tmp_path, 2, "NEW")
+    for _ in range(3):
+        await stage.reconcile()
+    maps = [body["data"]["ca.crt"] for _, what, body in stage.api.writes if what.startswith("configmaps")]
+    assert (maps, reads) == (["PEM", "NEW"], [authority] * 2)
+
+
 async def test_a_written_status_is_planned_from_again(stage, body, settings):
     """Its own event is no news, and a new status may make the next step possible."""
     stage = await stage(body(suspend=True))

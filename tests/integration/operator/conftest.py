@@ -270,6 +270,11 @@ def _now() -> str:
 @pytest.fixture
 def tls(tmp_path: Path) -> dict[str, str]:
     """Settings of a progress endpoint on this machine, with a certificate of its own."""
+    return tls_settings(tmp_path)
+
+
+def tls_settings(folder: Path) -> dict[str, str]:
+    """The same, of a certificate that is made in the folder."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
     now = dt.datetime.now(dt.UTC)
@@ -287,15 +292,15 @@ def tls(tmp_path: Path) -> dict[str, str]:
     )
     pem = serialization.Encoding.PEM
     private = key.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    (tmp_path / "tls.crt").write_bytes(certificate.public_bytes(pem))
-    (tmp_path / "tls.key").write_bytes(private)
+    (folder / "tls.crt").write_bytes(certificate.public_bytes(pem))
+    (folder / "tls.key").write_bytes(private)
     port = free_port()
     return {
         "progress_port": str(port),
         "progress_url": f"https://localhost:{port}",
-        "ca_file": str(tmp_path / "tls.crt"),
-        "tls_cert_file": str(tmp_path / "tls.crt"),
-        "tls_key_file": str(tmp_path / "tls.key"),
+        "ca_file": str(folder / "tls.crt"),
+        "tls_cert_file": str(folder / "tls.crt"),
+        "tls_key_file": str(folder / "tls.key"),
     }
 
 

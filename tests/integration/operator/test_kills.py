@@ -179,7 +179,10 @@ def test_no_job_is_lost_or_doubled_while_the_operator_is_killed(drill, standby, 
     print(
         f"takeovers: {takeovers}, longest without a leader: {max(killer.gaps, default=0):.1f} s, stagings: {stagings}"
     )
-    assert {name: _end(body) for name, body in found.items()} == {name: end for name, (_, end) in fates.items()}
+    ends = {name: _end(body) for name, body in found.items()}
+    doubled = sum(len(uids) > 1 for name, uids in witness.uids.items() if not name.startswith("kubetune-stage"))
+    print(f"lost: {sum(ends.get(name) != end for name, (_, end) in fates.items())}, doubled: {doubled}")
+    assert ends == {name: end for name, (_, end) in fates.items()}
     assert (kubelet.problems, witness.problems) == ([], [])
     attempts = {f"{name}-a{number + 1}" for name, (fate, _) in fates.items() for number in range(len(fate))}
     assert {name for name in witness.uids if not name.startswith("kubetune-stage")} == attempts

@@ -47,6 +47,9 @@ AIMS: Final[dict[Literal["trainer", "operator"], tuple[Aim, ...]]] = {
         Aim("packing-fill", "packing: room used", "%", "at least", 99.5, "ours"),
         Aim("packing-time", "packing: 50,000 samples", "s", "at most", 0.2, "ours"),
         Aim("second-start", "second start on 100,000 cached samples: the data", "s", "at most", 1, "ours"),
+        Aim("gpu-lora", "8B shape, LoRA, 2 x 2,048 tokens, bf16, one GPU", "tokens/s", "at least", 1),
+        Aim("gpu-qlora", "8B shape, QLoRA, 2 x 2,048 tokens, bf16, one GPU", "tokens/s", "at least", 1),
+        Aim("gpu-full", "8B shape, full, 1 x 2,048 tokens, bf16, one GPU", "tokens/s", "at least", 1),
         Aim("adapter-save", "save of an adapter's checkpoint, large base beside small", "s", "at most", 1.1),
     ),
     "operator": (

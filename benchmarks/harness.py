@@ -53,8 +53,8 @@ class Side:
     """What it is to do."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Beside that of this process."""
-    warm_up: Mapping[str, Any] = field(default_factory=dict)
-    """What the first sample, which is thrown away, has in the case instead."""
+    warm_up: Mapping[str, Any] | None = field(default_factory=dict)
+    """What the first sample, which is thrown away, has in the case instead; None: it has none, its files are warm."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ def in_turns(
     load = LOAD.now()
     if warm:
         for side in sides:
-            sample(side, {**side.case, **side.warm_up})
+            if side.warm_up is not None:
+                sample(side, {**side.case, **side.warm_up})
     kept: dict[str, list[Sample]] = {side.name: [] for side in sides}
     done = rejected = 0
     while done < runs:

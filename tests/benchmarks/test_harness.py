@@ -26,7 +26,7 @@ if not case.get("silent"):
 def side(tmp_path):
     def build(name, environment=None, warm_up=None, **case):
         case = {"name": name, "log": str(tmp_path / "log"), **case}
-        return Side(name, [sys.executable, "-c", TELLER], case, environment or {}, warm_up or {})
+        return Side(name, [sys.executable, "-c", TELLER], case, environment or {}, warm_up)
 
     return build
 
@@ -55,8 +55,8 @@ def disturbed(monkeypatch):
 
 def test_sides_run_in_turns_each_in_a_fresh_process_after_a_warm_up(side, order, disturbed):
     disturbed()
-    found = in_turns([side("a", warm_up={"name": "warm-a"}), side("b", {"SET": "7"})], 2)
-    assert order() == ["warm-a", "b", "a", "b", "a", "b"]
+    found = in_turns([side("a", warm_up={"name": "warm-a"}), side("b", {"SET": "7"}, warm_up={}), side("c")], 2)
+    assert order() == ["warm-a", "b", *"abcabc"]
     assert len({*found.values("a", "pid"), *found.values("b", "pid")}) == 4
     assert (found.values("a", "set"), found.values("b", "set")) == ([0, 0], [7, 7])
     assert all(0 < waited < 60 for waited in found.values("a", "waited"))

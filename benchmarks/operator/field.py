@@ -72,7 +72,7 @@ class Field:
     @contextmanager
     def running(self, namespace: str, **settings: str) -> Iterator[Operator]:
         """An operator that leads, until the case is over."""
-        operator = self.operator(namespace, **settings)
+        operator = self.operator(namespace, None, **settings)
         operator.start()
         try:
             wait_until(operator.leads, "the operator does not lead")

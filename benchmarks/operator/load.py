@@ -159,7 +159,8 @@ class Load:
         """Wait for something to happen, but not longer. Raises what broke a part of this."""
         self._changed.clear()
         waiting = asyncio.ensure_future(self._changed.wait())
-        await asyncio.wait({waiting, self._broken}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        either: set[asyncio.Future[Any]] = {waiting, self._broken}
+        await asyncio.wait(either, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         waiting.cancel()
         if self._broken.done():
             self._broken.result()

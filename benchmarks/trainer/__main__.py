@@ -7,6 +7,7 @@ in the cache where none is named. Cases of an 8B shape need a GPU and are left o
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,6 +38,7 @@ PEAKS: Final = {"H100 PCIe": 756e3, "H100": 989e3, "H200": 989e3, "A100": 312e3,
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print and record. Returns 1 where a case could not be measured; the others are recorded."""
     options = parse(arguments)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # the sample that runs is ended then too
     gpu, bf16 = _device()
     plans = [plan for plan in PLANS if plan.key in options.only and (gpu or not plan.gpu)]
     if not plans:

@@ -236,43 +236,32 @@ _START: Final = {"batch": 1, "length": 256, "steps": 1, "chat": True}
 _SMALL: Final = "56M"
 _GPU_SIDES: Final = (OURS_BF16, PEFT + BF16, TORCHTUNE + BF16, LIMIT + BF16)
 _GPU_WORK: Final = {"batch": 2, "length": 2048, "steps": 6}
+_FULL: Final = {"method": "Full"}
+_QLORA: Final = {"method": "QLoRA"}
 _TINY: Final = {"batch": 1, "length": 64}
+_SLOW: Final = "The batch is so small because bf16 takes that long where there are no instructions for it."
 
 PLANS: Final = (
     Plan("smollm2", "SmolLM2-135M, LoRA", inputs.SMOLLM2, {}, (OURS, PEFT, LIMIT), _lora, 8.5),
-    Plan("lora", "56M shape, LoRA", _SMALL, {}, (OURS, OURS_BF16, PEFT, PEFT + MALLOC, TORCHTUNE), _bf16, 9.5),
-    Plan("full", "56M shape, full", _SMALL, {"method": "Full"}, (OURS, PEFT), _rate("full"), 4.5),
-    Plan("qlora", "56M shape, QLoRA", _SMALL, {"method": "QLoRA"}, (OURS, PEFT), _rate("qlora"), 4),
-    Plan(
-        "full-once",
-        "56M shape, full: other cells",
-        _SMALL,
-        {"method": "Full"},
-        (OURS, OURS_BF16, TORCHTUNE),
-        _nothing,
-        1.5,
-        once=True,
-    ),
-    Plan(
-        "qlora-once",
-        "56M shape, QLoRA: other cells",
-        _SMALL,
-        {"method": "QLoRA"},
-        (OURS, OURS_BF16, TORCHTUNE),
-        _nothing,
-        1.5,
-        once=True,
-    ),
-    Plan(
-        "bf16-once",
-        "56M shape, LoRA, bf16, a tiny batch",
-        _SMALL,
-        _TINY,
-        (OURS_BF16, PEFT + BF16),
-        _nothing,
-        0.5,
-        once=True,
-        note="So small because the peer's bf16 is that slow without bf16 instructions.",
+    Plan("lora", "56M shape, LoRA", _SMALL, {}, (OURS, PEFT, PEFT + MALLOC, TORCHTUNE), _nothing, 8),
+    Plan("full", "56M shape, full", _SMALL, _FULL, (OURS, PEFT), _rate("full"), 4.5),
+    Plan("qlora", "56M shape, QLoRA", _SMALL, _QLORA, (OURS, PEFT), _rate("qlora"), 4),
+    Plan("full-once", "56M shape, full, once", _SMALL, _FULL, (OURS, TORCHTUNE), _nothing, 1, once=True),
+    Plan("qlora-once", "56M shape, QLoRA, once", _SMALL, _QLORA, (OURS, TORCHTUNE), _nothing, 1, once=True),
+    Plan("bf16", "56M shape, LoRA, a small batch", _SMALL, _TINY, (OURS, OURS_BF16), _bf16, 2, note=_SLOW),
+    *(
+        Plan(
+            f"bf16-{work['method']}".lower(),
+            f"56M shape, {work['method']}, bf16, a small batch, once",
+            _SMALL,
+            {**_TINY, **work},
+            (OURS_BF16, PEFT + BF16),
+            _nothing,
+            0.8,
+            once=True,
+            note=_SLOW,
+        )
+        for work in ({"method": "LoRA"}, _FULL, _QLORA)
     ),
     Plan(
         "memory",
@@ -311,6 +300,6 @@ PLANS: Final = (
 
 def sides_of(plan: Plan, options: Options) -> tuple[str, ...]:
     """The plan's sides; where bf16 is multiplied in hardware, each side of a speed's figure in bf16 too."""
-    if not options.bf16 or plan.key not in ("smollm2", "full", "qlora"):
+    if not options.bf16 or plan.key not in ("smollm2", "lora", "full", "qlora"):
         return plan.sides
     return (*plan.sides, OURS_BF16, PEFT + BF16)

@@ -114,6 +114,14 @@ def test_a_side_gets_the_work_its_number_format_and_its_environment(side, work):
     assert ("MALLOC_TOP_PAD_" in made.environment) == ("malloc" in side)
 
 
+def test_a_machine_that_multiplies_bf16_runs_the_speeds_in_bf16_too():
+    able = replace(OPTIONS, bf16=True)
+    plans = {plan.key: plan for plan in PLANS}
+    assert {f"{OURS}, bf16", f"{PEFT}, bf16"} < set(cases.sides_of(plans["full"], able))
+    assert cases.sides_of(plans["full"], OPTIONS) == plans["full"].sides
+    assert cases.sides_of(plans["memory"], able) == plans["memory"].sides
+
+
 @pytest.mark.parametrize("method", ["Full", "LoRA", "QLoRA"])
 @pytest.mark.parametrize("precision", ["FP32", "BF16"])
 def test_our_side_has_a_valid_configuration(work, tmp_path, method, precision):

@@ -2,7 +2,8 @@
 
 A checkpoint holds the trainable parameters, the optimizer's state, the random state of every rank and the caller's own
 values; the frozen weights are the base model's. It is written under a temporary name, brought to the disk, given a
-manifest with the size of every file, and renamed: a kill at any moment leaves a whole checkpoint or none.
+manifest with the size and the checksum of every file, and renamed: a kill at any moment leaves a whole checkpoint or
+none, and one that has changed on the disk since is not resumed from.
 """
 
 import io
@@ -23,7 +24,8 @@ import torch.distributed as dist
 from kubetune_contract.exit_codes import ExitCode, JobError
 from kubetune_contract.paths import CHECKPOINTS_DIR
 from kubetune_contract.progress import CheckpointStatus
-from kubetune_trainer.distributed import World, barrier, broadcast_object, sharded_modules
+from kubetune_trainer.checksums import SUMS, file_sum, sum_of, summing_writer
+from kubetune_trainer.distributed import World, barrier, broadcast_object, gather_objects, sharded_modules
 from kubetune_trainer.shards import sync
 
 MANIFEST_FILE: Final = "manifest.json"
@@ -57,14 +59,29 @@ class Checkpointer:
         """The newest one that this process knows to be complete."""
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint. What a killed save has left behind is removed."""
-        newest: Path | None = None
+        """The newest complete checkpoint. What a killed save has left behind, or what has changed since, is removed."""
         if self._world.is_main and self._folder.is_dir():
             for path in self._folder.iterdir():
                 if not is_complete(path):
                     shutil.rmtree(path)
-            newest = max(self._folder.iterdir(), default=None)
-        return broadcast_object(self._world, newest)
+        while True:
+            newest: Path | None = None
+            if self._world.is_main and self._folder.is_dir():
+                newest = max(self._folder.iterdir(), default=None)
+            newest = broadcast_object(self._world, newest)
+            if newest is None or self._is_unchanged(newest):
+                return newest
+            if self._world.is_main:
+                print(
+                    f"checkpoint  {newest.name} is damaged: it is removed, and the one before it is taken", flush=True
+                )
+                shutil.rmtree(newest)
+
+    def _is_unchanged(self, path: Path) -> bool:
+        """Whether the files have the checksums of the manifest: each rank reads its share of them, all know."""
+        sums: dict[str, int] = _manifest(path).get("checksums", {})
+        share = sorted(sums)[self._world.rank :: self._world.size]
+        return all(gather_objects(self._world, all(file_sum(path / name) == sums[name] for name in share)))
 
     def best(self) -> tuple[Path, float] | None:
         """The complete checkpoint with the lowest held-out loss, and that loss; the earlier one of equals.
@@ -157,12 +174,11 @@ class Checkpointer:
 
     def _write(self, tensors: dict[str, torch.Tensor], partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         """Rank 0 returns from torch's save only when every rank has written its part."""
-        from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.state_dict_saver import save
 
         with _plain_failures():
             alone = self._world.size == 1
-            save(tensors, storage_writer=FileSystemWriter(partial), process_group=self._group, no_dist=alone)
+            save(tensors, storage_writer=summing_writer(partial), process_group=self._group, no_dist=alone)
         if self._world.is_main:
             _complete(partial, final, manifest)
             self._drop_old()
@@ -223,18 +239,27 @@ def is_complete(path: Path) -> bool:
 
 
 def _manifest(path: Path) -> dict[str, Any]:
+    """Raises ValueError where it is not what was written. One without checksums is of an earlier version."""
     manifest: dict[str, Any] = json.loads((path / MANIFEST_FILE).read_bytes())
+    own = manifest.pop("checksum", None)
+    if own != sum_of(manifest) and not (own is None and "checksums" not in manifest):
+        raise ValueError(f"{path / MANIFEST_FILE} has changed since it was written")
     return manifest
 
 
 def _as_json(manifest: dict[str, Any]) -> bytes:
-    return json.dumps(manifest, indent=1).encode()
+    return json.dumps(manifest | {"checksum": sum_of(manifest)}, indent=1).encode()
 
 
 def _complete(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     """Manifest last, then the name: from here on the checkpoint exists."""
+    sums: dict[str, int | None] = {}
+    for part in partial.glob(f"*{SUMS}"):
+        sums |= json.loads(part.read_text())
+        part.unlink()
     files = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-    _write_synced(partial / MANIFEST_FILE, _as_json(manifest | {"files": files}))
+    sums |= {name: file_sum(partial / name) for name in files if name not in sums}
+    _write_synced(partial / MANIFEST_FILE, _as_json(manifest | {"files": files, "checksums": sums}))
     sync(partial)
     partial.rename(final)
     sync(final.parent)

@@ -65,6 +65,7 @@ class Probe:
         self._work, self._result = work, result
         self._resident = 0.0
         self._ends: list[float] = []
+        self._busy: list[float] = []
         self._losses: list[float] = []
 
     def before_model(self) -> None:
@@ -75,6 +76,7 @@ class Probe:
         """Called when a step is done, with its mean loss."""
         self._losses.append(loss)
         self._ends.append(_now())
+        self._busy.append(time.process_time())
         if len(self._ends) == self._work.steps:
             self._result.write_text(json.dumps(self._values()))
             sys.stdout.flush()
@@ -88,9 +90,14 @@ class Probe:
             "loss": self._losses[0],
         }
         if len(self._ends) > 1:
-            values["step"] = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+            values["step"] = _mean_gap(self._ends)
+            values["cpu"] = _mean_gap(self._busy)  # seconds of a step, which others on the machine change little
             values["rate"] = self._work.batch * self._work.length / values["step"]
         return values
+
+
+def _mean_gap(times: list[float]) -> float:
+    return (times[-1] - times[0]) / (len(times) - 1)
 
 
 def _now() -> float:

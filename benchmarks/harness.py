@@ -23,8 +23,7 @@ from benchmarks.figures import Figure, figure
 
 RUNS: Final = 5
 FOREIGN_SHARE: Final = 0.06
-"""Of the time of the cores that we may use: what others may take of it during a sample. A node's idle cluster takes
-about 0.03 of two cores."""
+"""Of the time of the cores that we may use: what others may take of it during a sample."""
 REJECTED_PER_RUN: Final = 2
 """Rounds that may be rejected for each that counts, before the machine is called busy."""
 LIMIT: Final = 900.0

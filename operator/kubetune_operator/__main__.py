@@ -13,6 +13,9 @@ from contextlib import suppress
 from typing import Final
 from urllib.parse import urlsplit
 
+import kubetune_operator.lean  # noqa: F401 - before what it keeps small
+
+# isort: split
 import kopf
 
 from kubetune_contract.progress import ProgressReport

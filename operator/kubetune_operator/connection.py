@@ -16,6 +16,9 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple, Self
 
+import kubetune_operator.lean  # noqa: F401 - before what it keeps small
+
+# isort: split
 import aiohttp
 from kubernetes.aio import client as kubernetes
 from kubernetes.aio import config as kubernetes_config

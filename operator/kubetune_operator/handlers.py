@@ -8,6 +8,9 @@ import logging
 import time
 from typing import Any, Final
 
+import kubetune_operator.lean  # noqa: F401 - before what it keeps small
+
+# isort: split
 import kopf
 
 from kubetune_operator.api import GROUP, PLURAL, VERSION

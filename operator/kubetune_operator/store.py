@@ -43,7 +43,8 @@ class Store:
         known = self._bodies.get(key_of(body))
         if body["metadata"]["uid"] in self._buried or (known is not None and version(known) >= version(body)):
             return False
-        self._bodies[key_of(body)] = body
+        metadata = {name: value for name, value in body["metadata"].items() if name != "managedFields"}
+        self._bodies[key_of(body)] = {**body, "metadata": metadata}  # who wrote what is half of it
         return True
 
     def remove(self, key: str, uid: str | None = None) -> bool:

@@ -8,7 +8,7 @@ import logging
 import random
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Callable, Hashable
+from collections.abc import AsyncIterator, Callable, Collection, Hashable
 from typing import Any, Final, NamedTuple, Protocol
 
 from kubetune_operator.errors import Expired, OperatorError, retry_after
@@ -19,6 +19,8 @@ Key = tuple[str, str]
 GRAVE_SECONDS: Final = 300.0
 """How long the last sight of a deleted object is remembered: how a deleted pod ended is nowhere else."""
 GRAVES: Final = 4096
+UNREAD: Final = ("env", "envFrom", "volumeMounts", "command", "args", "securityContext")
+"""Parts of a pod's container that are not remembered: nothing here asks what a pod was made of."""
 RETRY_SECONDS: Final = (0.1, 0.5, 1.0, 2.0, 5.0)
 
 log = logging.getLogger(__name__)
@@ -135,18 +137,20 @@ class ObjectCache:
             self._version = manifest["metadata"]["resourceVersion"]
 
     def _put(self, manifest: Manifest) -> None:
-        manifest["metadata"].pop("managedFields", None)
+        manifest = slim(manifest)
         key = _key(manifest)
         known = self._objects.get(key)
         if known is not None and version(known) >= version(manifest):
             return
         self._objects[key] = manifest
         self._groups[self._group(manifest)].add(key)
-        self._changed(manifest)
+        if known is None or not has_only_joined(known, manifest):
+            # Of the many that share a staging Job, each would otherwise be looked at whenever one more joins.
+            self._changed(manifest)
 
     def _remove(self, manifest: Manifest) -> None:
         key = _key(manifest)
-        manifest["metadata"].pop("managedFields", None)
+        manifest = slim(manifest)
         self._graves.append(_Grave(time.monotonic(), self._group(manifest), manifest))
         known = self._objects.get(key)
         if known is not None and known["metadata"]["uid"] == manifest["metadata"]["uid"]:
@@ -161,6 +165,34 @@ class ObjectCache:
 def version(manifest: Manifest) -> int:
     """The object's resourceVersion. Since v1.35 the API says that it may be compared as a number."""
     return int(manifest["metadata"]["resourceVersion"])
+
+
+def slim(manifest: Manifest) -> Manifest:
+    """The object without what nobody here reads, which is two thirds of a child Job or pod."""
+    found = {**manifest, "metadata": _without(manifest["metadata"], ("managedFields",))}
+    if "spec" in manifest:
+        spec = found["spec"] = _without(manifest["spec"], ("template",))
+        for kind in ("initContainers", "containers"):
+            if kind in spec:
+                spec[kind] = [_without(container, UNREAD) for container in spec[kind]]
+    return found
+
+
+def has_only_joined(known: Manifest, manifest: Manifest) -> bool:
+    """Whether nothing has changed but that there are more owners."""
+    apart = ("resourceVersion", "ownerReferences")
+    before, after = (
+        {owner["uid"] for owner in one["metadata"].get("ownerReferences") or ()} for one in (known, manifest)
+    )
+    return (
+        before < after
+        and _without(known["metadata"], apart) == _without(manifest["metadata"], apart)
+        and _without(known, ("metadata",)) == _without(manifest, ("metadata",))
+    )
+
+
+def _without(mapping: Manifest, names: Collection[str]) -> Manifest:
+    return {name: value for name, value in mapping.items() if name not in names}
 
 
 def _key(manifest: Manifest) -> Key:

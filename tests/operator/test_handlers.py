@@ -37,6 +37,15 @@ def test_a_newer_body_is_taken_and_an_older_one_is_not(store, body):
     assert store.get("team/bot")["metadata"]["resourceVersion"] == "9"
 
 
+def test_who_wrote_what_is_not_kept(store, body):
+    given = body(metadata={"managedFields": ["much"]})
+    store.offer(given)
+    kept = store.get(key_of(given))
+    assert "managedFields" not in kept["metadata"]
+    assert kept["spec"] == given["spec"]
+    assert given["metadata"]["managedFields"] == ["much"]
+
+
 def test_versions_are_compared_as_numbers(store, body):
     store.offer(versioned(body(), 9))
     assert store.offer(versioned(body(), 10))

@@ -176,3 +176,12 @@ async def test_a_part_that_breaks_ends_the_process_with_a_reason(tmp_path, port)
     assert ended.returncode == 1
     assert (last["level"], last["message"]) == ("critical", "the operator cannot go on")
     assert "address already in use" in last["error"]
+
+
+def test_the_synchronous_client_is_not_in_memory():
+    """It would be a quarter of an idle replica."""
+    program = (
+        "import sys, kubetune_operator.__main__; print(sorted({'requests', 'kubernetes.dynamic'} & {*sys.modules}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

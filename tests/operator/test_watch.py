@@ -257,3 +257,42 @@ async def test_why_a_watch_begins_anew_is_told_and_when_it_heard_something(monke
             await asyncio.sleep(0.005)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+# ---------------------------------------------------------------- what is kept, and what is no news
+
+
+def owned(version: int, *owners: str, **status: Any) -> Object:
+    found = thing("shared", version)
+    found["metadata"]["ownerReferences"] = [{"uid": owner} for owner in owners]
+    return {**found, "status": status}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "told"),
+    [
+        (owned(1, "a"), owned(2, "a", "b"), False),
+        (owned(1, "a", "b"), owned(2, "b"), True),
+        (owned(1, "a"), owned(2, "a", "b", active=1), True),
+        (owned(1, "a"), owned(2, "a", active=1), True),
+        (owned(1, "a"), owned(2, "b"), True),
+    ],
+    ids=["an owner more", "an owner less", "an owner more and a pod", "a pod", "another owner"],
+)
+async def test_an_owner_more_is_no_news_and_everything_else_is(start, before, after, told):
+    watched = await start(Server(listing(1, before)))
+    watched.server.tell("MODIFIED", after)
+    watched.server.tell("ADDED", thing("later", 3))
+    await watched.until(lambda: "later@3" in watched.told)
+    assert ("shared@2" in watched.told) is told
+    assert watched.cache.get("team", "shared")["metadata"]["resourceVersion"] == "2"
+
+
+async def test_what_a_job_or_pod_was_made_of_is_not_kept(start):
+    container = {"name": "main", "resources": {"limits": {"memory": "1Gi"}}}
+    spec = {"suspend": False, "containers": [{**container, "env": ["much"], "command": ["tune"]}], "template": ["much"]}
+    given = {**thing("pod", 1), "spec": spec}
+    watched = await start(Server(listing(1, given)))
+    await watched.until(lambda: watched.told)
+    assert watched.cache.get("team", "pod")["spec"] == {"suspend": False, "containers": [container]}
+    assert given["spec"]["template"] == ["much"], "what was given is the giver's"

@@ -32,8 +32,9 @@ async def recovery(field: Field, size: Size) -> Outcome:
     rows = [*await _restarts(field, size, outcome), *await _takeovers(field, size, outcome)]
     outcome.tables["operator-6-recovery"] = Table(
         title="Recovery",
-        note=f"Seconds until the child Job of a FineTuneJob that was submitted meanwhile, while {JOBS} others run. The "
-        "API server that is restarted is a second kube-apiserver on the cluster's etcd, which the operator alone uses.",
+        note="Seconds until the child Job of a FineTuneJob that was submitted meanwhile, while "
+        f"{min(JOBS, size.jobs)} others run. The API server that is restarted is a second kube-apiserver on the "
+        "cluster's etcd, which the operator alone uses.",
         columns=("what happens", "away", "until the child Job", "the slowest", "runs"),
         rows=tuple(rows),
         command=COMMAND,
@@ -41,9 +42,9 @@ async def recovery(field: Field, size: Size) -> Outcome:
     return outcome
 
 
-async def _populate(load: Load) -> None:
+async def _populate(load: Load, size: Size) -> None:
     load.hold = True
-    await load.submit_at(10, JOBS)
+    await load.submit_at(10, min(JOBS, size.jobs))
     await load.until(lambda: list(load.states.values()).count("Running") == len(load.sent))
 
 
@@ -128,7 +129,7 @@ async def _restarts(field: Field, size: Size, outcome: Outcome) -> list[tuple[st
         operator.start()
         wait_until(operator.leads, "the operator does not lead")
         async with field.load(namespace) as load:
-            await _populate(load)
+            await _populate(load, size)
             found = await repeat("API server", size, outcome, lambda: _restart(field, server, operator, load))
     return [_row("the API server is restarted", found)]
 
@@ -172,7 +173,7 @@ async def _takeovers(field: Field, size: Size, outcome: Outcome) -> list[tuple[s
     wait_until(replicas[0].leads, "the operator does not lead")
     replicas[1].start()
     async with field.load(namespace) as load:
-        await _populate(load)
+        await _populate(load, size)
         for how, what in ((signal.SIGKILL, "the leader is killed"), (signal.SIGTERM, "the leader ends (SIGTERM)")):
             found = await repeat(
                 f"takeover after {how.name}",

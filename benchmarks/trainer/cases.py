@@ -19,7 +19,7 @@ OURS, OURS_BF16, LIMIT = "Kubetune", "Kubetune, bf16", "matrix products"
 PEFT, TRL, TORCHTUNE = "transformers + peft", "TRL", "torchtune"
 MALLOC: Final = ", our malloc settings"
 BF16: Final = ", bf16"
-_WARM_UP: Final = {"batch": 1, "length": 64, "steps": 1}
+_WARM_UP: Final = {"batch": 1, "length": 16, "steps": 1}
 """Enough to have every file in the page cache."""
 _LOSS_TOLERANCE: Final = 0.03
 """Of the first loss between sides: number formats and two kinds of NF4 differ by less, another batch by more."""
@@ -238,7 +238,7 @@ _GPU_SIDES: Final = (OURS_BF16, PEFT + BF16, TORCHTUNE + BF16, LIMIT + BF16)
 _GPU_WORK: Final = {"batch": 2, "length": 2048, "steps": 6}
 _FULL: Final = {"method": "Full"}
 _QLORA: Final = {"method": "QLoRA"}
-_TINY: Final = {"batch": 1, "length": 64}
+_TINY: Final = {"batch": 1, "length": 32}
 _SLOW: Final = "The batch is so small because bf16 takes that long where there are no instructions for it."
 
 PLANS: Final = (

@@ -12,7 +12,7 @@ PYTHON := .venv/bin/python
 PYTEST := $(PYTHON) -m pytest
 # Puts kubectl, helm and the kubeconfig of the cluster in place for one recipe line.
 WITH_CLUSTER := eval "$$($(CLUSTER) env)" &&
-UNIT_TESTS := tests/contract tests/kubectl tests/operator tests/trainer tests/examples tests/cluster tests/drills tests/benchmarks
+UNIT_TESTS := tests/contract tests/kubectl tests/operator tests/trainer tests/examples tests/chaos tests/cluster tests/drills tests/benchmarks
 
 .PHONY: help
 help: ## Show this help
@@ -70,6 +70,12 @@ test-e2e: ## Run the tests that need a node and the images
 drills: ## Let everything go wrong on the cluster, one thing at a time, and write docs/drills.md; ARGS='name name' selects
 	@$(CLUSTER) up --venv --images
 	@$(WITH_CLUSTER) PYTHONPATH=examples/demo:tests/cluster $(PYTHON) -m tests.drills.run $(ARGS)
+
+.PHONY: chaos
+chaos: ## 200 faults drawn from a seed hit short jobs on the node, written into docs/chaos.md; FAULTS=20, SEED=7 choose others
+	@$(CLUSTER) up --venv --images
+	@$(WITH_CLUSTER) PYTHONPATH=examples/demo:tests/cluster $(PYTHON) -m tests.chaos.run \
+		--faults $(or $(FAULTS),200) --seed $(or $(SEED),0) $(ARGS)
 
 .PHONY: drill-kill
 drill-kill: ## 200 jobs while the operator is killed at random; JOBS=50, SEED=7 and REPLICAS=2 choose others

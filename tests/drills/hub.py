@@ -4,7 +4,7 @@
     gated    nobody may read files
     private  nothing is told without a token
     broken   every answer is 503
-    cut      the first download of the weights breaks off, half-way
+    cut      the first download of the weights breaks off, half-way; cut-250-NAME: after 250 thousandths
     stalled  the first download of the weights stops half-way and stays so
 
 Whoever asks for an image gets 401, as from a registry that wants a login. GET /sent/OWNER says how many bytes of the
@@ -23,7 +23,7 @@ from typing import ClassVar
 from hub_server import Handler, HubServer
 
 FOLDER, WEIGHTS, PORT = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
-OWNER = re.compile(r"/((?:good|gated|private|broken|cut|stalled)(?:-[a-z]+)*)(?:/|$)")
+OWNER = re.compile(r"/((?:good|gated|private|broken|cut|stalled)(?:-[a-z0-9]+)*)(?:/|$)")
 LOCK = threading.Lock()
 
 
@@ -31,8 +31,9 @@ def backend(owner: str) -> HubServer:
     """The state of an owner's repository. It listens on a port that nobody knows: the front asks it directly."""
     server = HubServer(FOLDER)
     server.repo = f"{owner}/tiny-llama"
-    half = (FOLDER / WEIGHTS).stat().st_size // 2
-    kind = owner.partition("-")[0]
+    kind, _, rest = owner.partition("-")
+    share = rest.partition("-")[0]
+    half = (FOLDER / WEIGHTS).stat().st_size * (int(share) if share.isdigit() else 500) // 1000
     server.gated, server.private, server.broken = kind == "gated", kind == "private", kind == "broken"
     server.cut = {WEIGHTS: half} if kind == "cut" else {}
     server.stall = {WEIGHTS: half} if kind == "stalled" else {}

@@ -73,6 +73,8 @@ def own_volume(name: str, megabytes: int) -> tuple[Step, ...]:
     """A volume and a claim of the run's own, whose file system can be filled or made read-only."""
 
     def mount(scene: Scene) -> None:
+        # One that a run which was cut short has left belongs to a claim that is gone: no other gets it.
+        scene.kube.kubectl("delete", "persistentvolume", name, "--ignore-not-found")
         host.mount_own(name, megabytes)
         scene.undo.append(lambda: host.unmount_own(name))
 

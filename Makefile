@@ -77,6 +77,11 @@ chaos: ## 200 faults drawn from a seed hit short jobs on the node, written into 
 	@$(WITH_CLUSTER) PYTHONPATH=examples/demo:tests/cluster $(PYTHON) -m tests.chaos.run \
 		--faults $(or $(FAULTS),200) --seed $(or $(SEED),0) $(ARGS)
 
+.PHONY: fuzz
+fuzz: .venv/kubetune.stamp ## Spoil what others write, many times over (minutes for each target); EXAMPLES=1000 and ARGS='-k word' choose
+	@HYPOTHESIS_PROFILE=long KUBETUNE_FUZZ_EXAMPLES=$(or $(EXAMPLES),20000) $(PYTEST) --timeout=0 --hypothesis-show-statistics \
+		$(wildcard tests/*/fuzz) $(ARGS)
+
 .PHONY: drill-kill
 drill-kill: ## 200 jobs while the operator is killed at random; JOBS=50, SEED=7 and REPLICAS=2 choose others
 	@$(CLUSTER) up --venv

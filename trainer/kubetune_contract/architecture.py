@@ -3,6 +3,7 @@
 Both sides need it: the trainer builds the model, the operator tells from its sizes how much memory a run takes.
 """
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final, Self
@@ -17,6 +18,12 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 HEAD_CHUNK: Final = 512
 """Label tokens whose logits live at once: 0.26 GB in fp32 for Llama 3's 128,256 words, less than a block takes."""
+
+MOST_LAYERS: Final = 4096
+"""Blocks of a model, at most: whoever reads a size from a file lists the weights of so many. Llama 3.1 405B has 126."""
+
+_LARGEST: Final = 2**31 - 1
+"""Of all other sizes."""
 
 NORM_NUMBERS: Final = 1 << 24
 """Weights whose norms are computed at once: 64 MiB in float32."""
@@ -69,7 +76,12 @@ class LlamaSizes(ContractModel):
     @property
     def parameters(self) -> int:
         """Number of weights; tied ones are counted once."""
-        return sum(_product(shape) for _, shape in self._shapes())
+        outside, whole = (self._weights(layers) for layers in (0, 1))
+        return outside + self.num_hidden_layers * (whole - outside)
+
+    def _weights(self, layers: int) -> int:
+        """Number of weights with so many blocks; they are counted, not listed: the sizes may come from others."""
+        return sum(_product(shape) for _, shape in self.model_copy(update={"num_hidden_layers": layers})._shapes())
 
     def _shapes(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         hidden, inner = self.hidden_size, self.intermediate_size
@@ -147,13 +159,13 @@ class _Fields:
                 raise ModelError(f"config.json: {name} is {self.values[name]!r}; {reason}")
         hidden, heads = self._size("hidden_size"), self._size("num_attention_heads")
         key_value_heads = self._size("num_key_value_heads", heads)
-        head_dim = self._size("head_dim", hidden // heads)
+        head_dim = self._size("head_dim", max(1, hidden // heads))
         self._check_heads(hidden, heads, key_value_heads, head_dim)
         return {
             "vocab_size": self._size("vocab_size"),
             "hidden_size": hidden,
             "intermediate_size": self._size("intermediate_size"),
-            "num_hidden_layers": self._size("num_hidden_layers"),
+            "num_hidden_layers": self._size("num_hidden_layers", most=MOST_LAYERS),
             "num_attention_heads": heads,
             "num_key_value_heads": key_value_heads,
             "head_dim": head_dim,
@@ -166,9 +178,10 @@ class _Fields:
 
     def _check_architecture(self) -> None:
         names = self.values.get("architectures") or [self.values.get("model_type", "not named")]
-        if ARCHITECTURE not in names and names != ["llama"]:
+        if not isinstance(names, list) or (ARCHITECTURE not in names and names != ["llama"]):
+            told = ", ".join(map(repr, names)).replace("'", "") if isinstance(names, list) else repr(names)
             raise ModelError(
-                f"config.json: the architecture is {', '.join(map(str, names))}; supported is {ARCHITECTURE}, "
+                f"config.json: the architecture is {told}; supported is {ARCHITECTURE}, "
                 "the text models of Llama 2, 3, 3.1, 3.2, 3.3 and every model of the same form"
             )
 
@@ -185,16 +198,18 @@ class _Fields:
                 f"num_attention_heads {heads})"
             )
 
-    def _size(self, name: str, default: int | None = None) -> int:
+    def _size(self, name: str, default: int | None = None, most: int = _LARGEST) -> int:
         value = self._value(name, default)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ModelError(f"config.json: {name} must be a whole number above 0, but it is {value!r}")
+        if value > most:
+            raise ModelError(f"config.json: {name} must be at most {most}, but it is larger")
         return value
 
     def _positive(self, name: str, default: float | None = None) -> float:
         value = self._value(name, default)
-        if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
-            raise ModelError(f"config.json: {name} must be a number above 0, but it is {value!r}")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
+            raise ModelError(f"config.json: {name} must be a finite number above 0, but it is {value!r}")
         return float(value)
 
     def _value(self, name: str, default: float | None) -> Any:
@@ -206,7 +221,11 @@ class _Fields:
 
     def _rope(self) -> Mapping[str, Any]:
         """transformers 5 keeps all of RoPE in `rope_parameters`, 4 has `rope_theta` beside `rope_scaling`."""
-        return self.values.get("rope_parameters") or self.values.get("rope_scaling") or {}
+        name = "rope_parameters" if self.values.get("rope_parameters") else "rope_scaling"
+        values = self.values.get(name) or {}
+        if not isinstance(values, Mapping):
+            raise ModelError(f"config.json: {name} must be an object, but it is {values!r}")
+        return values
 
     def _rope_theta(self) -> float:
         return _Fields({**self.values, **self._rope()})._positive("rope_theta", 10000.0)

@@ -5,6 +5,7 @@ Importing this module does not import torch: the staging container checks folder
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -29,6 +30,9 @@ COMPANIONS: Final = (
     "generation_config.json",
 )
 """Files that belong to a model besides its weights and config.json; all but the first may be absent."""
+
+
+_FILE_NAME: Final = re.compile(r"(?!\.)[A-Za-z0-9._-]{1,255}")
 
 
 class WeightReader:
@@ -113,7 +117,7 @@ def read_json(folder: Path, name: str) -> dict[str, Any]:
         values = json.loads((folder / name).read_bytes())
     except FileNotFoundError as error:
         raise ModelError(_what_is_missing(folder, name)) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder / name} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{folder / name} must hold a JSON object")
@@ -171,6 +175,9 @@ def _weight_files(folder: Path) -> list[str]:
         weight_map = read_json(folder, INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise ModelError(f"{folder / INDEX_FILE} has no weight_map; copy or download it again")
+        for name in weight_map.values():
+            if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+                raise ModelError(f"{folder / INDEX_FILE} names {name!r}, which is no file beside it")
         return sorted(set(weight_map.values()))
     raise ModelError(f"{folder} has no {WEIGHTS_FILE} and no {INDEX_FILE}{_other_formats(folder)}")
 

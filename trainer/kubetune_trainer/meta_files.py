@@ -5,17 +5,19 @@ pickle is read without torch and may name nothing but tensors: whatever else it 
 """
 
 import math
-import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, Final
 
 from kubetune_contract.architecture import ARCHITECTURE, ModelError
+from kubetune_trainer import plain_pickle
 from kubetune_trainer.stored import AGAIN, DTYPES, StoredTensor, Weight, read_start
 
 PARAMS_FILE: Final = "params.json"
@@ -80,10 +82,10 @@ def hugging_face_config(params: Mapping[str, Any], parts: Parts) -> dict[str, An
         if params.get(name) not in (None, -1):
             raise ModelError(f"{PARAMS_FILE} has {name}: only the original text models of Llama can be trained")
     dim, heads = (_number(params, name) for name in ("dim", "n_heads"))
-    tied, scaled, theta = _tied(parts), bool(params.get("use_scaled_rope")), params.get("rope_theta") or 10000.0
-    words = params.get("vocab_size") or -1
-    if words < 0:  # Llama 2 leaves it to the tokenizer
-        words = sum(part.shape[0] for part in parts.get("output.weight", []))
+    tied, scaled, theta = _tied(parts), bool(params.get("use_scaled_rope")), _real(params, "rope_theta", 10000.0)
+    words = params.get("vocab_size")
+    if words in (None, 0, -1):  # Llama 2 leaves it to the tokenizer
+        words = sum(part.shape[0] for part in parts.get("output.weight", []) if part.shape)
     config = {
         "architectures": [ARCHITECTURE],
         "model_type": "llama",
@@ -95,7 +97,7 @@ def hugging_face_config(params: Mapping[str, Any], parts: Parts) -> dict[str, An
         "num_key_value_heads": params.get("n_kv_heads") or heads,
         "hidden_act": "silu",
         "rms_norm_eps": params.get("norm_eps", 1e-5),
-        "rope_theta": float(theta),
+        "rope_theta": theta,
         "rope_scaling": _rope_scaling(params, tied) if scaled else None,
         "max_position_embeddings": 131_072 if scaled else 8192 if theta > 10000.0 else 4096,
         "tie_word_embeddings": tied,
@@ -108,14 +110,21 @@ def hugging_face_config(params: Mapping[str, Any], parts: Parts) -> dict[str, An
 
 def _number(params: Mapping[str, Any], name: str) -> int:
     value = params.get(name)
-    if not isinstance(value, int) or value < 1:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
         raise ModelError(f"{PARAMS_FILE}: {name} must be a whole number above 0, but it is {value!r}")
     return value
 
 
+def _real(params: Mapping[str, Any], name: str, default: float) -> float:
+    value = params.get(name) or default
+    if not isinstance(value, int | float) or not 0 < value < 1e12:
+        raise ModelError(f"{PARAMS_FILE}: {name} must be a number above 0, but it is {value!r}")
+    return float(value)
+
+
 def _inner_size(params: Mapping[str, Any], dim: int) -> int:
     """The width of the feed-forward layer, as Meta's code rounds it."""
-    width = int((params.get("ffn_dim_multiplier") or 1.0) * int(2 * 4 * dim / 3))
+    width = int(_real(params, "ffn_dim_multiplier", 1.0) * int(2 * 4 * dim / 3))
     multiple = _number(params, "multiple_of")
     return -(-width // multiple) * multiple
 
@@ -124,9 +133,9 @@ def _rope_scaling(params: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     """Old files of Meta's only say that there is a scaling. The factor of 3.1 is 8; of 3.2, the tied models, 32."""
     return {
         "rope_type": "llama3",
-        "factor": float(params.get("rope_scaling_factor") or (32 if tied else 8)),
+        "factor": _real(params, "rope_scaling_factor", 32 if tied else 8),
         "low_freq_factor": 1.0,
-        "high_freq_factor": float(params.get("rope_high_freq_factor") or 4),
+        "high_freq_factor": _real(params, "rope_high_freq_factor", 4),
         "original_max_position_embeddings": 8192,
     }
 
@@ -158,8 +167,8 @@ def _translate(name: str) -> str:
 
 def _weight(name: str, tensors: list[StoredTensor], config: Mapping[str, Any]) -> Weight:
     kind = re.sub(r"^layers\.\d+\.|\.weight$", "", name)
-    if kind.endswith("norm"):
-        return Weight((tensors[0],))
+    if kind.endswith("norm") or any(len(part.shape) != 2 for part in tensors):
+        return Weight((tensors[0],))  # whoever compares shapes refuses what should be a matrix
     # Llama 2 splits the embedding by columns, Llama 3 by rows.
     columns = kind in _ROW_PARALLEL or (
         kind == "tok_embeddings" and len(tensors) > 1 and tensors[0].shape[0] == config["vocab_size"]
@@ -199,49 +208,60 @@ def _read_table(file: Path) -> dict[str, StoredTensor]:
 
 def _parse(file: Path) -> dict[str, StoredTensor]:
     try:
-        archive = zipfile.ZipFile(file)
-    except zipfile.BadZipFile as error:
+        with zipfile.ZipFile(file) as archive, file.open("rb") as stream:
+            members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
+            table = _unpickle(file, _pickle(file, archive, members))
+            return {name: _place(file, stream, name, view, members) for name, view in table}
+    # RuntimeError: encrypted; NotImplementedError: a compression that nobody has.
+    except (zipfile.BadZipFile, zlib.error, struct.error, EOFError, RuntimeError, NotImplementedError) as error:
         raise ModelError(f"{file} is truncated or no checkpoint of torch.save(): {error}; {AGAIN}") from error
-    with archive, file.open("rb") as stream:
-        members = {member.filename.partition("/")[2]: member for member in archive.infolist()}
-        if "data.pkl" not in members or members["data.pkl"].file_size > _MAX_PICKLE:
-            raise ModelError(f"{file} is no checkpoint of torch.save(); {AGAIN}")
-        with archive.open(members["data.pkl"]) as content:
-            table = _unpickle(file, content)
-        return {name: _place(file, stream, name, view, members) for name, view in table}
 
 
-def _unpickle(file: Path, content: IO[bytes]) -> Iterator[tuple[str, _View]]:
+def _pickle(file: Path, archive: zipfile.ZipFile, members: Mapping[str, zipfile.ZipInfo]) -> bytes:
+    """torch.save() compresses nothing, so the pickle cannot be larger than the file."""
+    member = members.get("data.pkl")
+    if member is None or member.compress_type != zipfile.ZIP_STORED or member.file_size > _MAX_PICKLE:
+        raise ModelError(f"{file} is no checkpoint of torch.save(); {AGAIN}")
+    return archive.read(member)
+
+
+def _unpickle(file: Path, content: bytes) -> Iterator[tuple[str, _View]]:
     try:
-        table = _Unpickler(content).load()
-    except (pickle.UnpicklingError, EOFError, TypeError, AttributeError, IndexError, KeyError) as error:
+        table = plain_pickle.load(content, _CALLS, _storage)
+    except plain_pickle.PickleError as error:
         raise ModelError(f"{file} is not a plain file of weights: {error}; give Meta's original file") from error
     if not isinstance(table, dict):
         raise ModelError(f"{file} holds a {type(table).__name__}, not named tensors; give Meta's original file")
     return ((str(name), view) for name, view in table.items() if isinstance(view, _View))
 
 
-class _Unpickler(pickle.Unpickler):
-    """Builds descriptions of tensors. Nothing that the file names is imported or called."""
+def _storage(identity: Any) -> _Storage:
+    """torch.save() writes ("storage", class, member, device, elements)."""
+    _, kind, key, *_ = identity
+    if kind not in _STORAGES.values() or not isinstance(key, str):
+        raise plain_pickle.PickleError("a storage has no kind or no member")
+    return _Storage(kind(), key)
 
-    def find_class(self, module: str, name: str) -> Any:
-        """A stand-in for the few names that plain tensors need. Raises UnpicklingError for all others."""
-        stand_ins: dict[tuple[str, str], Callable[..., Any]] = {
-            ("collections", "OrderedDict"): OrderedDict,
-            ("torch._utils", "_rebuild_tensor_v2"): lambda storage, offset, shape, strides, *_: _View(
-                storage, offset, shape, strides
-            ),
-            ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
-        }
-        if module == "torch" and name.endswith("Storage"):
-            return name
-        if (module, name) not in stand_ins:
-            raise pickle.UnpicklingError(f"it wants to call {module}.{name}, which could run anything")
-        return stand_ins[module, name]
 
-    def persistent_load(self, pid: Any) -> _Storage:
-        """torch.save() writes ("storage", class, member, device, elements)."""
-        return _Storage(str(pid[1]), str(pid[2]))
+def _view(storage: Any, offset: Any, shape: Any, strides: Any, *_: Any) -> _View:
+    """torch._utils._rebuild_tensor_v2."""
+    numbers = (offset, *shape, *strides)
+    if not isinstance(storage, _Storage) or not all(type(number) is int and 0 <= number < 2**63 for number in numbers):
+        raise plain_pickle.PickleError("a tensor has no storage, or sizes that are no sizes")
+    return _View(storage, offset, shape, strides)
+
+
+_STORAGES: Final[plain_pickle.Calls] = {
+    f"torch {kind}Storage": partial(str, f"{kind}Storage")
+    for kind in ("Float", "BFloat16", "Half", "Double", "Long", "Int", "Short", "Char", "Byte", "Bool")
+}
+_CALLS: Final[plain_pickle.Calls] = {
+    **_STORAGES,
+    "collections OrderedDict": OrderedDict,
+    "torch._utils _rebuild_tensor_v2": _view,
+    "torch._utils _rebuild_parameter": lambda view, *_: view,
+}
+"""Stand-ins for the few names that plain tensors need."""
 
 
 def _place(

@@ -113,5 +113,5 @@ def read_start(file: Path, parse: Callable[[Path], T]) -> T:
         return parse(file)
     except FileNotFoundError as error:
         raise ModelError(f"{file} is missing; {AGAIN}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{file} cannot be read: {error}; {AGAIN}") from error

@@ -100,7 +100,8 @@ class _Machine:
 
     def _callable(self, name: str) -> Callable[..., Any]:
         if name not in self._calls:
-            raise PickleError(f"it wants to call {name.replace(' ', '.')!r}, which could run anything")
+            told = ascii(name.replace(" ", "."))[1:-1]  # it may hold anything, halves of characters too
+            raise PickleError(f"it wants to call {told}, which could run anything")
         return self._calls[name]
 
     def _take(self, count: int) -> None:

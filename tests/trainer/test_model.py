@@ -238,7 +238,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a negative epsilon": (
         {"rms_norm_eps": -1},
-        "config.json: rms_norm_eps must be a number above 0, but it is -1",
+        "config.json: rms_norm_eps must be a finite number above 0, but it is -1",
     ),
     "heads that do not group": (
         {"num_key_value_heads": 4},

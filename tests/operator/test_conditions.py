@@ -7,23 +7,9 @@ from pathlib import Path
 import pytest
 
 from kubetune_contract.exit_codes import ExitCode
-from kubetune_operator import (
-    attempts,
-    cleanup,
-    conditions,
-    deadlines,
-    decision,
-    diagnosis,
-    disruptions,
-    memory,
-    obstacles,
-    plan,
-    queueing,
-    staging,
-    verdicts,
-)
+from kubetune_operator import conditions, disruptions, obstacles
 
-MODULES = (attempts, cleanup, deadlines, decision, diagnosis, memory, obstacles, plan, queueing, staging, verdicts)
+MODULES = sorted(Path(conditions.__file__).parent.glob("*.py"))
 SETTERS = {"condition": 2, "withdraw": 1, "fail": 0, "Ending": 1, "Obstacle": 0}
 """Which argument of which call is a condition's reason."""
 EXIT_REASONS = {code.reason for code in ExitCode} - {ExitCode.DONE.reason}
@@ -47,15 +33,13 @@ CHOSEN = {
 def calls() -> Iterator[tuple[str, str, ast.expr]]:
     """Every call that names a reason: module, function, and the expression."""
     for module in MODULES:
-        assert module.__file__ is not None
-        name = module.__name__.rpartition(".")[2]
-        for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+        for node in ast.walk(ast.parse(module.read_text())):
             if not isinstance(node, ast.Call):
                 continue
             function = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
             on_turn = not isinstance(node.func, ast.Attribute) or ast.unparse(node.func.value) in ("turn", "self")
             if function in SETTERS and on_turn and len(node.args) > SETTERS[function]:
-                yield name, function, node.args[SETTERS[function]]
+                yield module.stem, function, node.args[SETTERS[function]]
 
 
 def said() -> set[str]:

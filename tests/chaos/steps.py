@@ -92,6 +92,7 @@ def copy_models(name: str) -> Step:
     def step(scene: Scene) -> None:
         source = ground_of(scene).volume("models")
         host.run(["cp", "-r", source / "tiny", source / "data", host.own_folder(name)])
+        host.run(["chmod", "-R", "a+rwX", host.own_folder(name)])  # staging writes beside the model
 
     return step
 

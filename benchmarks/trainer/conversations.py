@@ -43,6 +43,19 @@ def draw_lengths(count: int, median: float, longest: int, seed: int = 0) -> npt.
     return np.clip(np.rint(drawn), SHORTEST, longest).astype(np.int32)
 
 
+def like(epoch: npt.NDArray[np.int32], count: int, batch: int = 8) -> npt.NDArray[np.int32]:
+    """The part of an epoch, of many drawn ones, whose mean and whose padding in batches are most like the whole's."""
+    state = np.random.RandomState(0)
+
+    def padded(lengths: npt.NDArray[np.int32]) -> float:
+        return float(lengths[: len(lengths) // batch * batch].reshape(-1, batch).max(axis=1).mean() / lengths.mean())
+
+    def apart(part: npt.NDArray[np.int32]) -> float:
+        return abs(padded(part) / padded(epoch) - 1) + abs(float(part.mean() / epoch.mean()) - 1)
+
+    return min((state.permutation(epoch)[:count] for _ in range(1_000)), key=apart)
+
+
 def conversations(lengths: npt.NDArray[np.int32], seed: int = 0) -> Iterator[dict[str, Any]]:
     """Rows in the format OpenAI of about these many tokens each: one to three exchanges."""
     state = np.random.RandomState(seed)

@@ -27,7 +27,7 @@ from benchmarks.trainer import conversations, inputs
 
 COMMAND: Final = "python -m benchmarks.trainer.data"
 EPOCH_ROWS: Final = 2_000
-"""Conversations of the epoch that the mixed cases take every n-th length of."""
+"""Conversations of the epoch that the mixed cases take a part of."""
 MIXED_LONGEST: Final = 1024
 """TRL's default for the tokens of a sequence."""
 SMALL_BASE: Final = (1_024, 512)
@@ -41,10 +41,10 @@ class Sizes:
 
     runs: int
     packed: int = 50_000
-    tokenized: int = 5_000
+    tokenized: int = 2_000
     cached: int = 100_000
-    mixed: int = 24
-    """Conversations of a sample's epoch."""
+    mixed: int = 16
+    """Conversations of the part of the epoch."""
     base: tuple[int, int] = LARGE_BASE
     """Of the larger model."""
     quick: bool = False
@@ -278,11 +278,9 @@ def mixed_packed(sizes: Sizes, found: Found, folder: Path) -> None:
 def _epochs(key: str, sizes: Sizes, found: Found, folder: Path, *, batch: int, packed: bool) -> None:
     case: dict[str, Any] = {"longest": MIXED_LONGEST, "batch": batch, "packed": packed}
     case |= {"model": str(conversations.marked("56M", folder / "model"))}
-    # All lengths of the epoch, from the shortest to the longest, evenly.
-    epoch = np.sort(conversations.draw_lengths(EPOCH_ROWS, 200, MIXED_LONGEST))
-    for name, count in (("mixed", sizes.mixed), ("warm-up", 2 * batch)):
-        taken = epoch[((np.arange(count) + 0.5) * EPOCH_ROWS / count).astype(np.int64)]
-        conversations.write(folder / f"{name}.jsonl", np.random.RandomState(0).permutation(taken))
+    epoch = conversations.draw_lengths(EPOCH_ROWS, 200, MIXED_LONGEST)
+    for name, count in (("mixed", sizes.mixed), ("warm-up", 8)):
+        conversations.write(folder / f"{name}.jsonl", conversations.like(epoch, count))
     sides = [
         Side(
             name,

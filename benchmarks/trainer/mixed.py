@@ -1,9 +1,9 @@
 """One epoch over conversations of mixed length: Kubetune's side as `tune run` starts it, and TRL's SFTTrainer.
 
-Either side reads the same file of conversations, renders them with the same template and learns the answers only. The
-clock runs from the beginning of the first step to the end of the last one; label tokens of the epoch divided by that
-time is the figure. Both run in float32 without recomputation (TRL's defaults, bf16 and recomputation, are slower on a
-CPU); the rest is as their users get it.
+Either side reads the same file of conversations in its order, renders them with the same template and learns the
+answers only. The clock runs from the beginning of the first step to the end of the last one; label tokens of the epoch
+divided by that time is the figure. Both run in float32 without recomputation (TRL's defaults, bf16 and recomputation,
+are slower on a CPU); the rest is as their users get it.
 """
 
 import json
@@ -76,7 +76,12 @@ def ours(epoch: Epoch, result: Path) -> int:
         "method": "LoRA",
         "model": {"path": epoch.model},
         "adapter": {"rank": RANK, "alpha": ALPHA, "target_modules": LINEAR},
-        "dataset": {"path": epoch.rows, "max_sequence_length": epoch.longest, "packed": epoch.packed},
+        "dataset": {
+            "path": epoch.rows,
+            "max_sequence_length": epoch.longest,
+            "packed": epoch.packed,
+            "shuffle": False,
+        },
         "training": {
             "batch_size": epoch.batch,
             "gradient_accumulation_steps": 1,
@@ -112,7 +117,8 @@ def trl(epoch: Epoch, result: Path) -> None:
         args=SFTConfig(
             output_dir=str(result.parent / "output"), num_train_epochs=1, per_device_train_batch_size=epoch.batch,
             learning_rate=RATE, weight_decay=0.01, max_grad_norm=CLIP, max_length=epoch.longest,
-            packing=epoch.packed, assistant_only_loss=True, bf16=False, gradient_checkpointing=False, use_cpu=True,
+            packing=epoch.packed, assistant_only_loss=True, train_sampling_strategy="sequential",
+            bf16=False, gradient_checkpointing=False, use_cpu=True,
             report_to=[], disable_tqdm=True, save_strategy="no",
         ),
         train_dataset=load_dataset(

@@ -23,6 +23,13 @@ def test_lengths_are_spread_around_their_median_and_cut_at_the_longest():
     assert (LENGTHS == 2048).mean() < 0.05
 
 
+def test_a_part_of_an_epoch_is_as_long_and_as_padded_as_the_whole():
+    part = conversations.like(LENGTHS, 16)
+    assert part.mean() == pytest.approx(LENGTHS.mean(), rel=0.05)
+    padded = [lengths.reshape(-1, 8).max(axis=1).mean() / lengths.mean() for lengths in (part, LENGTHS)]
+    assert padded[0] == pytest.approx(padded[1], rel=0.05)
+
+
 def test_the_same_seed_gives_the_same_file(tmp_path):
     first, second, other = (
         conversations.write(tmp_path / f"{number}.jsonl", LENGTHS[:50], seed).read_bytes()

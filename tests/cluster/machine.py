@@ -133,13 +133,23 @@ def our_namespaces(layout: Layout) -> set[Path]:
 
 def remove_namespaces(paths: Iterable[Path]) -> None:
     """Unmount and remove network namespaces and the network plugins' records; the virtual cables go with them."""
-    for path in paths:
-        run(["umount", "--lazy", path], check=False)
-        path.unlink(missing_ok=True)
+    covered = [path for path in paths if not _unmounted(path)]
+    if covered:  # pods that start at once: one is mounted, then another's start binds the folder on itself, over it
+        run(["umount", "--lazy", NETWORK_NAMESPACES], check=False)
+        for path in covered:
+            _unmounted(path)
     for record in NETWORK_RESULTS.glob(f"{CLUSTER_NAME}-*"):
         container = record.name.removeprefix(f"{CLUSTER_NAME}-").rpartition("-")[0]
         for path in (record, *NETWORK_RESULTS.glob(f"cni-loopback-{container}-*")):
             path.unlink(missing_ok=True)
+
+
+def _unmounted(path: Path) -> bool:
+    """Unmount and remove a network namespace; False if another mount covers it."""
+    run(["umount", "--lazy", path], check=False)
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+    return not path.exists()
 
 
 def mounts_under(*folders: Path) -> list[str]:
